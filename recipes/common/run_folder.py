@@ -1,0 +1,251 @@
+"""The run folder: one place, the same for every recipe, for all that a run leaves behind. Everything is written atomically.
+
+    runs/<recipe>/<name>/
+      config.yaml        resolved; `--config` on it reproduces the run
+      environment.json   versions, hardware, commit
+      metrics.jsonl      a line a logged step          metrics.json   final figures, flat
+      plots/*.png        samples/*                     checkpoints/   resumable state
+      model/             loads with from_pretrained    README.md      model card
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: to a neighbour first, then renamed over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; it takes the place of `path` when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+class RunFolder:
+    """A run's folder and its voice. Only rank 0 writes and speaks; the other ranks' calls do nothing."""
+
+    def __init__(self, path: Path, *, recipe: str, dry: bool = False, given: set[str] | None = None):
+        self.path = path
+        self.recipe = recipe
+        self.dry = dry
+        self.given = given or set()  # dotted keys that the user set, in a file or on the command line
+        self.is_main = os.environ.get("RANK", "0") == "0"
+        self.choices: dict[str, str] = {}  # what the machine decided, with reasons; printed and kept in the model card
+        self.resume_from: Path | None = None  # the last complete checkpoint, when resuming
+        self.figures: dict[str, Any] = {}  # what the training helpers measured: tokens_per_second, mfu, ...
+        self._paragraphs: list[str] = []
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where resumable state goes."""
+        return self.path / "checkpoints"
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def choose(self, what: str, value: object, reason: str) -> None:
+        """Say, once, what was chosen for this machine and why; it ends up in the model card too."""
+        line = f"{value} ({reason})"
+        if self.choices.get(what) != line:
+            self.choices[what] = line
+            self.say(f"  {what}: {line}")
+
+    def log(self, step: int, **figures: Any) -> None:
+        """Append a line to metrics.jsonl. Not-a-number becomes null: JSON has none."""
+        if not self.is_main or self.dry:
+            return
+        row = {"step": step, **{k: _plain(v) for k, v in figures.items()}}
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a line that a killed process left half-written at the end is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run will do again."""
+        if self.is_main and (self.path / "metrics.jsonl").exists():
+            kept = [row for row in self.history() if row["step"] <= step]
+            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def plot(self, name: str, draw: Callable[[Axes], None]) -> None:
+        """Draw on one axes and save it as plots/<name>.png."""
+        if not self.is_main or self.dry:
+            return
+        import io
+
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        draw(axes)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        write_atomically(self.path / "plots" / f"{name}.png", buffer.getvalue())
+
+    def plot_curve(self, name: str, *keys: str, label: str | None = None) -> None:
+        """Plot logged figures against the step, in one picture."""
+        history = self.history()
+
+        def draw(axes: Axes) -> None:
+            for key in keys:
+                points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+                style = "o-" if len(points) < 40 else "-"
+                axes.plot(*zip(*points, strict=True), style, markersize=3, label=key.replace("_", " ")) if points else None
+            axes.set_xlabel("step")
+            axes.set_ylabel(label or name.replace("_", " "))
+            if axes.has_data():
+                axes.legend(frameon=False)
+
+        self.plot(name, draw)
+
+    def sample(self, name: str, text: str) -> None:
+        """Keep generated text (or a table of it) as samples/<name>."""
+        if self.is_main and not self.dry:
+            write_atomically(self.path / "samples" / name, text)
+
+    def save_model(self, model: Any, tokenizer: Any = None, folder: str = "model") -> Path:
+        """Save with `save_pretrained` (safetensors), atomically, from rank 0; gives the folder."""
+        path = self.path / folder
+        if self.is_main:
+            with folder_written_atomically(path) as temporary:
+                model.save_pretrained(temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+        wait_for_everyone()
+        return path
+
+    def card(self, text: str) -> None:
+        """Add a paragraph to the model card."""
+        self._paragraphs.append(text)
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """What the recipe wants said in the model card."""
+        return self._paragraphs
+
+
+def wait_for_everyone() -> None:
+    """Barrier, when there is more than one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+COMPLETE = "complete"  # a file that is put into a checkpoint last: without it the folder is a half-written one
+
+
+def last_complete_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint of the highest step that was written to its end, or None."""
+    found = [p for p in checkpoints.glob("checkpoint-*") if (p / COMPLETE).exists() and p.name.split("-")[-1].isdigit()]
+    return max(found, key=lambda p: int(p.name.split("-")[-1]), default=None)
+
+
+def open_folder(path: Path, *, recipe: str, fingerprint: str, resume: bool, overwrite: bool, dry: bool, given: set[str]) -> RunFolder:
+    """Open the folder of a run, new, resumed or overwritten. Rank 0 does the work.
+
+    `fingerprint` is the resolved config as YAML; resuming under another config is refused with the first difference.
+    Raises UserError when the folder belongs to another run, cannot be written, or has nothing to resume.
+    """
+    run = RunFolder(path, recipe=recipe, dry=dry, given=given)
+    if dry:
+        return run
+    if resume and overwrite:
+        raise UserError("run.resume and run.overwrite contradict each other: the one goes on with what is there, the other deletes it")
+    if run.is_main:
+        _prepare(path, fingerprint, resume, overwrite)
+    if resume:
+        run.resume_from = last_complete_checkpoint(run.checkpoints)
+        run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
+    return run
+
+
+def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> None:
+    existing = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a run folder: choose another --run.name or --run.root")
+    if path.is_dir() and any(path.iterdir()):
+        if overwrite:
+            if not existing.exists():
+                raise UserError(f"{path} holds files but no config.yaml, so no recipe made it: not deleting it; choose another --run.name")
+            shutil.rmtree(path)
+        elif resume:
+            if existing.exists() and existing.read_text() != fingerprint:
+                changed = [
+                    f"`{new.strip()}` (was `{old.strip()}`)"
+                    for old, new in zip(existing.read_text().splitlines(), fingerprint.splitlines(), strict=False)
+                    if old != new
+                ] or ["its length"]
+                raise UserError(
+                    f"cannot resume {path}: its config was another one: {changed[0]}; give the same config, or a new --run.name"
+                )
+        else:
+            done = (path / "metrics.json").exists()
+            raise UserError(
+                f"{path} already holds {'a finished' if done else 'an unfinished'} run: choose another --run.name, "
+                "--run.resume true to go on with it, or --run.overwrite true to delete it"
+            )
+    elif resume:
+        raise UserError(f"nothing to resume: {path} does not exist or is empty; leave out --run.resume, or check --run.name")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(existing, fingerprint)
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {path}: {error.strerror}; choose another --run.root") from error
