@@ -1,0 +1,204 @@
+"""Models and tokenizers from the `model` section: a hub id, a local folder, what another recipe made, or a fresh config."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = 500_000_000  # parameters above which a dry run does not fill the weights
+
+
+def ensure_made(name: str, run: RunFolder) -> str:
+    """Make what `name` points at if it is another recipe's result that is not there yet, and give the path.
+
+    `runs/llama/default/model` is what `make llama` leaves; on a fresh machine the recipes that later ones stand on run
+    first, once, with their laptop config. Other names come back as they are.
+    """
+    made = re.fullmatch(r"(.*?)([\w-]+)/([\w-]+)/(model|adapter)/?", name)
+    if made is None or Path(name).exists():
+        return name
+    root, recipe, run_name, _ = made.groups()
+    scripts = [p for p in (ROOT / "recipes").glob(f"*/{recipe}.py") if p.parent.name != "common"]
+    if not scripts or Path(root or ".").name != "runs":
+        return name
+    script = scripts[0].relative_to(ROOT)
+    if run.dry or int(os.environ.get("WORLD_SIZE", "1")) > 1 or run_name != "default":
+        raise UserError(f"{name} is not there yet: `make {recipe}` makes it")
+    run.say(f"{name} is not there yet: running `make {recipe}` first")
+    unfinished = Path(name).parent.exists()
+    command = [sys.executable, str(script), "--run.root", root.rstrip("/"), *(["--run.resume", "true"] if unfinished else [])]
+    code = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
+    if code != 0:
+        raise UserError(f"{name} could not be made: `make {recipe}` ended with exit code {code}; its messages are above")
+    return name
+
+
+def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
+    """Call a `from_pretrained`; what it cannot find or read becomes one clear UserError."""
+    path = Path(name)
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.exists():
+        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.exists() else []
+        near = difflib.get_close_matches(name, siblings, n=1)
+        raise UserError(f"model: no such folder: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    if looks_local and what == "model" and not ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+        raise UserError(f"model: {name} holds no config.json, so it is not a saved model; point at the folder that holds it")
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if looks_local:
+            raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"model: no {what} `{name}`: it is not a local folder, and the hub does not give it ({first_line(error)}); "
+            "check the name, the network (HF_HUB_OFFLINE), and `hf auth login` for gated models"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, shortened, for a message of ours."""
+    text = str(error).strip().split("\n")[0]
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model section. `chat=True` requires a chat template.
+
+    Raises UserError if there is none to load, no end-of-text token, or no chat template where one is needed.
+    """
+    from transformers import AutoTokenizer
+
+    name = model.tokenizer or model.name
+    if name is None:
+        raise UserError("model.tokenizer: a model from scratch (model.config) needs a tokenizer: a folder or a hub id")
+    name = ensure_made(name, run)
+    tokenizer = _from_pretrained("tokenizer", AutoTokenizer.from_pretrained, name, revision=model.revision)
+    if model.chat_template:
+        path = Path(model.chat_template)
+        if not path.is_file():
+            raise UserError(f"model.chat_template: no such file: {path}")
+        tokenizer.chat_template = path.read_text()
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"the tokenizer {name} has no chat template: give one with model.chat_template (a Jinja file)")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer {name} has no end-of-text token (eos_token), so no answer could ever end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only padding positions carry it, and those are masked
+    return tokenizer
+
+
+def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
+    """A library config from `model.config`: model_type and that class's fields, each checked. The tokenizer gives vocab_size."""
+    from transformers import CONFIG_MAPPING
+
+    fields = dict(fields)
+    kind = fields.pop("model_type", None)
+    if kind is None:
+        raise UserError("model.config needs a model_type, such as `model_type: llama`")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
+        raise UserError(f"model.config.model_type: transformers has no `{kind}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    config_class = CONFIG_MAPPING[kind]
+    known = set(config_class().to_dict()) | {"rope_theta"}
+    problems = []
+    for key, value in fields.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            problems.append(f"model.config.{key} is not a field of {config_class.__name__}" + (f"; did you mean `{near[0]}`?" if near else ""))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key.endswith(SIZES) and not key.endswith("_id") and value <= 0:
+            problems.append(f"model.config.{key} is {value}: it must be above 0")
+    if problems:
+        raise UserError(problems)
+    if vocabulary is not None:
+        fields.setdefault("vocab_size", vocabulary)
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if hidden and heads and hidden % heads and "head_dim" not in fields:
+        raise UserError(f"model.config: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    key_value = fields.get("num_key_value_heads")
+    if heads and key_value and heads % key_value:
+        raise UserError(f"model.config: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value}")
+    try:
+        return config_class(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.config: {first_line(error)}") from error
+
+
+SIZES = ("_size", "_layers", "_heads", "_embeddings", "_dim", "_theta", "_eps")
+
+
+def load_model(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
+    run: RunFolder,
+    auto_class: Any = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of the model section, as an `auto_class` (AutoModelForCausalLM by default).
+
+    Weights are in `model.dtype` (float32: master weights; autocast computes in bf16). Raises UserError when both or
+    neither of name and config are given, and when the tokenizer has ids that the model does not know.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto_class = auto_class or AutoModelForCausalLM
+    if (model.name is None) == (model.config is None):
+        raise UserError("model: give either name (pretrained) or config (from scratch), and not both")
+    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    if model.config is not None:
+        config = fresh_config(model.config, len(tokenizer) if tokenizer is not None else None)
+        if tokenizer is not None:
+            config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+                tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            )  # fmt: skip
+        for key, value in options.items():
+            setattr(config, key, value)
+        large = run.dry and _parameters_of(auto_class, config) > LARGE
+        with torch.device("meta" if large else "cpu"):
+            made = auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, attn_implementation=model.attention)
+    else:
+        assert model.name is not None
+        name = ensure_made(model.name, run)
+        made = _from_pretrained(
+            "model", auto_class.from_pretrained, name,
+            revision=model.revision, dtype=dtype, attn_implementation=model.attention, **options,
+        )  # fmt: skip
+    if tokenizer is not None:
+        rows = made.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together; "
+                "give the model's own tokenizer (leave out model.tokenizer), or a model.config of that vocabulary"
+            )
+        if model.name and model.tokenizer and len(tokenizer) < rows and Path(model.name).exists():
+            own = Path(model.name) / "tokenizer.json"
+            other = Path(model.tokenizer) / "tokenizer.json"
+            if own.exists() and other.exists() and own.read_bytes() != other.read_bytes():
+                raise UserError(f"{model.tokenizer} is not the tokenizer that {model.name} was trained with: leave out model.tokenizer")
+        if getattr(made, "generation_config", None) is not None:
+            made.generation_config.eos_token_id = tokenizer.eos_token_id
+            made.generation_config.pad_token_id = tokenizer.pad_token_id
+        if made.config.pad_token_id is None:
+            made.config.pad_token_id = tokenizer.pad_token_id
+    return made
+
+
+def _parameters_of(auto_class: Any, config: Any) -> int:
+    """Parameters that a config would give, without memory for them."""
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in auto_class.from_config(config).parameters())

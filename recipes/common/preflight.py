@@ -1,0 +1,148 @@
+"""What is checked and said just before the long work starts; `--dry-run` ends here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from recipes.common import machine
+from recipes.common.errors import DryRunDone, UserError
+from recipes.common.run_folder import RunFolder
+from recipes.common.training import dtype_name, duration
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; measured recipes reach 0.3 to 0.6
+
+
+def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """How many numbers the model holds (or learns); tied weights count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+    """Floating-point operations a token of one training step, PaLM's convention (Chowdhery et al. 2022, appendix B).
+
+    6 N + 12 L h S: N parameters that multiply (an untied input embedding is a look-up and does not), L layers, h hidden
+    size, S sequence length. Frozen parameters need no weight gradient: 4 instead of 6.
+    """
+    config = model.config
+    total, learned = count_parameters(model), count_parameters(model, trainable_only=True)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if embedding is not None and hasattr(embedding, "weight") and (head is None or head.weight is not embedding.weight):
+        total -= embedding.weight.numel()
+        learned -= embedding.weight.numel() if embedding.weight.requires_grad else 0
+    layers = getattr(config, "num_hidden_layers", 0)
+    hidden = getattr(config, "hidden_size", 0)
+    return 4 * total + 2 * learned + 12 * layers * hidden * sequence_length
+
+
+def memory_per_device(parameters: int, learned: int, activations: int, world_size: int) -> dict[str, float]:
+    """GiB a device for ZeRO stages 0 to 3 (Rajbhandari et al. 2020, section 3), mixed precision with fp32 Adam.
+
+    Weights held in fp32 under autocast: 4 bytes a parameter, 4 a gradient, 8 of Adam's two moments, for what learns.
+    Stage 1 shares the moments among the devices, 2 the gradients too, 3 the weights too.
+    """
+    weights, gradients, moments = 4 * parameters, 4 * learned, 8 * learned
+    n = world_size
+    stages = {
+        "zero0": weights + gradients + moments,
+        "zero1": weights + gradients + moments / n,
+        "zero2": weights + (gradients + moments) / n,
+        "zero3": (weights + gradients + moments) / n,
+    }
+    return {stage: (size + activations) / machine.GIB for stage, size in stages.items()}
+
+
+def check_batch(batch: dict[str, Any], model: nn.Module) -> None:
+    """Raise UserError if the first batch cannot teach the model anything, or does not fit it."""
+    problems = []
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    config = model.config
+    if ids is not None:
+        vocabulary = getattr(config, "vocab_size", None)
+        if vocabulary is not None and int(ids.max()) >= vocabulary:
+            problems.append(
+                f"the batch holds token {int(ids.max())}, but the model knows {vocabulary}: the tokenizer (model.tokenizer) and the model do not belong together"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        longest = int(batch["position_ids"].max()) + 1 if batch.get("position_ids") is not None else ids.shape[-1]
+        if positions is not None and longest > positions:
+            problems.append(f"a sample is {longest} tokens long, but the model has {positions} positions: lower training.max_length")
+    if labels is not None and labels.ndim == 2 and bool((labels == -100).all()):
+        problems.append(
+            "every label of the first batch is masked, so there is nothing to learn: check data.columns, that the answers are not "
+            "empty, and that the maximum length leaves room for them"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def preflight(
+    run: RunFolder,
+    model: nn.Module,
+    batch: dict[str, Any],
+    *,
+    args: TrainingArguments,
+    total_steps: int,
+    check: Callable[[dict[str, Any], nn.Module], None] = check_batch,
+) -> None:
+    """Check the first batch, say what is about to run, and end a dry run with an estimate.
+
+    `batch` is one process's micro-batch, as the model will get it: a step has gradient_accumulation_steps of them on
+    every process. Sets flops_per_token and the parameter counts among the run's figures. Raises DryRunDone or UserError.
+    """
+    import torch
+
+    check(batch, model)
+    parameters, learned = count_parameters(model), count_parameters(model, trainable_only=True)
+    if learned == 0:
+        raise UserError("nothing would learn: every parameter of the model is frozen")
+    ids = next((v for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None)
+    micro_tokens = ids.numel() if ids is not None else 0
+    sequence = ids.shape[-1] if ids is not None else 0
+    tokens = micro_tokens * args.gradient_accumulation_steps * args.world_size
+    per_token = flops_per_token(model, sequence)
+    run.figures |= {"flops_per_token": per_token, "parameters": parameters, "trainable_parameters": learned}
+    run.say(
+        f"  model: {parameters:,} parameters, {learned:,} learn ({learned / parameters:.2%}); "
+        f"{total_steps:,} steps of {tokens:,} tokens"
+    )
+    if not run.dry:
+        return
+
+    hidden, layers = getattr(model.config, "hidden_size", 0), getattr(model.config, "num_hidden_layers", 0)
+    vocabulary = getattr(model.config, "vocab_size", 0)
+    element = 4 if dtype_name(args) == "float32" else 2
+    # activations kept for the backward pass: about 17 h elements a token and layer (Korthikanti et al. 2022, eq. 1, without
+    # the attention matrix, which SDPA never holds), and the logits, which the loss holds twice in fp32
+    activations = int(micro_tokens * (17 * layers * hidden * element + 8 * vocabulary))
+    dtype = dtype_name(args)
+    peak = machine.peak_flops(dtype) * args.world_size
+    seconds = total_steps * tokens * per_token / (peak * ASSUMED_MFU)
+    memory = memory_per_device(parameters, learned, activations, args.world_size)
+    shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
+    supervised = batch["labels"] if isinstance(batch.get("labels"), torch.Tensor) else None
+    lines = [
+        "dry run: nothing was trained",
+        f"  first batch    {shapes}",
+        *(
+            [f"  supervised     {int((supervised != -100).sum()):,} of {supervised.numel():,} label positions"]
+            if supervised is not None and supervised.ndim == 2
+            else []
+        ),
+        f"  parameters     {parameters:,}, of which {learned:,} learn",
+        f"  precision      {dtype} products, fp32 master weights",
+        f"  memory/device  {args.world_size} device(s): " + ", ".join(f"{k} {v:.2f} GiB" for k, v in memory.items()),
+        f"                 of which activations {activations / machine.GIB:.2f} GiB for a micro-batch of {micro_tokens:,} tokens",
+        f"  steps          {total_steps:,} x {tokens:,} tokens = {total_steps * tokens:,}",
+        f"  time           about {duration(seconds)} at {ASSUMED_MFU:.0%} of the measured {peak / 1e12:.2f} TFLOP/s",
+    ]
+    run.say("\n".join(lines))
+    raise DryRunDone
+
+

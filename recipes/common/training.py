@@ -1,0 +1,422 @@
+"""Training plumbing, the same for a library's Trainer (`fit`) and for a loop written out in a recipe (`Loop`).
+
+Both resume from the last complete checkpoint, checkpoint and stop on SIGINT / SIGTERM / a time limit, stop at a loss that is
+not a number, and print one line a step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from recipes.common import machine
+from recipes.common.errors import Interrupted, UserError
+from recipes.common.run_folder import COMPLETE, RunFolder, wait_for_everyone, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+COMPILE_SECONDS = 40  # what compiling a small model costs, measured on 2 cores: 12 s to 60 s
+COMPILE_SAVES = 0.12  # share of a step's time that it saves, measured: 0.11 with AVX512-BF16, 0.32 with AMX
+
+
+def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What the frame sets in a TrainingArguments section where the user did not, each with where it comes from.
+
+    Raises UserError for settings that this machine cannot honour.
+    """
+    problems = [
+        f"training.{key} belongs to the frame ({value}): leave it out"
+        for key, value in {
+            "output_dir": "the run folder is <run.root>/<recipe>/<run.name>",
+            "resume_from_checkpoint": "use --run.resume true",
+            "overwrite_output_dir": "use --run.overwrite true",
+        }.items()
+        if key in given
+    ]
+    bf16 = machine.choose_bf16()
+    if given.get("bf16") and not bf16.value:
+        problems.append(f"training.bf16: true, but {bf16.reason}; leave it out, or set it to false")
+    if given.get("fp16") and not machine.has_gpu():
+        problems.append("training.fp16: true needs a GPU; leave it out: bf16 is used where the processor has it")
+    if given.get("torch_compile") and not machine.can_compile().value:
+        problems.append(f"training.torch_compile: true, but {machine.can_compile().reason}; leave it out, or set it to false")
+    if given.get("use_cpu") is False and not machine.has_gpu():
+        problems.append("training.use_cpu: false, but torch sees no GPU; leave it out")
+    if problems:
+        raise UserError(problems)
+
+    chosen: dict[str, tuple[Any, str]] = {
+        "output_dir": (str(output_dir), "frame: the run folder"),
+        "use_cpu": (not machine.has_gpu(), "machine: " + ("has a GPU" if machine.has_gpu() else "has no GPU")),
+        "report_to": ("none", "frame: metrics.jsonl"),
+        "disable_tqdm": (True, "frame: one line a step"),
+        "logging_steps": (1, "frame: one line a step"),
+        "logging_nan_inf_filter": (False, "frame: a loss that is not a number must be seen"),
+        "save_strategy": ("steps", "frame: resumable"),
+        "save_total_limit": (2, "frame: the one before last, should the last be half-written"),
+        "optim": ("adamw_torch_fused", "frame: the fused kernel"),
+        "dataloader_pin_memory": (machine.has_gpu(), "machine: pinned memory serves GPU copies only"),
+        "include_num_input_tokens_seen": ("all", "frame: tokens/s"),
+        "gradient_checkpointing": (False, "frame: off unless asked, it costs a second forward"),
+    }
+    if not given.get("fp16"):
+        chosen["bf16"] = (bool(bf16.value), "machine: " + bf16.reason)
+    return chosen
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM (and a time limit) ask for a stop at the next step; a second SIGINT stops at once."""
+
+    def __init__(self, time_limit_minutes: float | None = None):
+        self.reason: str | None = None
+        self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def __enter__(self) -> StopSignals:
+        import threading
+
+        if threading.current_thread() is threading.main_thread():  # Python takes handlers in the main thread only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether to stop now; with several processes all get the same answer (a scheduler may signal only one of them)."""
+        if self._deadline is not None and time.monotonic() > self._deadline and self.reason is None:
+            self.reason = "run.time_limit_minutes"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+            import torch.distributed as dist
+
+            device = "cuda" if machine.has_gpu() else "cpu"
+            flag = torch.tensor([self.reason is not None], dtype=torch.int32, device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            if flag.item() and self.reason is None:
+                self.reason = "another process was asked to stop"
+        return self.reason is not None
+
+
+class StepReport:
+    """Turns step times into the one log line: step, loss, tokens/s, MFU, peak memory, time left."""
+
+    WARM_UP_STEPS = 3  # left out of the mean speed: first calls allocate, pick kernels, compile
+
+    def __init__(self, run: RunFolder, total_steps: int, flops_per_token: float, dtype_name: str, first_step: int = 0):
+        self.run, self.total_steps, self.flops_per_token = run, total_steps, flops_per_token
+        self.first_step = self.last_step = first_step
+        self.last_time = self.warm_time = time.perf_counter()
+        self.tokens = self.warm_tokens = 0
+        self.warm_step: int | None = None
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.peak = machine.peak_flops(dtype_name) * self.world_size
+        run.choose("peak", f"{self.peak / 1e12:.2f} TFLOP/s", f"measured {dtype_name} matrix product, {self.world_size} process(es)")
+
+    def line(self, step: int, loss: float | None, tokens: int, **figures: Any) -> dict[str, Any]:
+        """Report a step that was finished: `tokens` were processed since the last line, over all processes."""
+        now = time.perf_counter()
+        seconds = max(now - self.last_time, 1e-9)
+        self.tokens += tokens
+        if self.warm_step is None and step - self.first_step >= self.WARM_UP_STEPS:
+            self.warm_step, self.warm_time, self.warm_tokens = step, now, self.tokens
+        speed = tokens / seconds
+        row = {
+            **({} if loss is None else {"loss": loss}),
+            **figures,
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(speed * self.flops_per_token / self.peak, 4),
+            "peak_memory_gib": round(machine.peak_memory_gib(), 3),
+        }
+        self.run.log(step, **row)
+        per_step = seconds / max(step - self.last_step, 1)
+        left = (self.total_steps - step) * (self.mean_step_seconds(step, now) or per_step)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, int | float) and k in SHOWN)
+        self.run.say(
+            f"step {step}/{self.total_steps}"
+            + ("" if loss is None else f"  loss {loss:.4f}")
+            + (f"  {shown}" if shown else "")
+            + f"  {speed:,.0f} tok/s  mfu {row['mfu']:.1%}  {row['peak_memory_gib']:.2f} GiB  left {duration(left)}"
+        )
+        self.last_step, self.last_time = step, now
+        return row
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not training (an evaluation, a checkpoint) does not count against the speed."""
+        self.last_time += seconds
+        self.warm_time += seconds
+
+    def mean_step_seconds(self, step: int, now: float | None = None) -> float | None:
+        """Mean seconds a step since the warm-up; None until then."""
+        if self.warm_step is None or step <= self.warm_step:
+            return None
+        return ((now or time.perf_counter()) - self.warm_time) / (step - self.warm_step)
+
+    def finish(self) -> None:
+        """Put the means over the run among the run's figures."""
+        per_step = self.mean_step_seconds(self.last_step, self.last_time)
+        if per_step and self.warm_step is not None:
+            speed = (self.tokens - self.warm_tokens) / (self.last_time - self.warm_time)
+            self.run.figures |= {
+                "tokens_per_second": round(speed, 1),
+                "mfu": round(speed * self.flops_per_token / self.peak, 4),
+                "step_seconds": round(per_step, 4),
+            }
+
+
+SHOWN = {"reward", "true_score", "kl", "entropy", "accuracy", "reward_accuracy", "mean_token_accuracy"}  # also on the line
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1m15s`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def stop_at_nan(loss: float, step: int, run: RunFolder) -> None:
+    """Raise UserError if the loss is not a finite number; the last good checkpoint stays."""
+    if not math.isfinite(loss):
+        from recipes.common.run_folder import last_complete_checkpoint
+
+        kept = last_complete_checkpoint(run.checkpoints)
+        raise UserError(
+            f"the loss is {loss} at step {step}: lower training.learning_rate, or lengthen the warm-up; "
+            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet")
+        )
+
+
+def dtype_name(args: TrainingArguments) -> str:
+    """The number format that the matrix products run in."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def compile_if_it_pays(model: nn.Module, run: RunFolder, seconds_left: float) -> bool:
+    """Compile the model in place (`nn.Module.compile`) when the time it saves in this run exceeds what compiling costs."""
+    able = machine.can_compile()
+    if not able.value:
+        run.choose("torch.compile", False, able.reason)
+        return False
+    saved = seconds_left * COMPILE_SAVES
+    if saved < COMPILE_SECONDS:
+        run.choose("torch.compile", False, f"would save about {duration(saved)} of {duration(seconds_left)} and cost {COMPILE_SECONDS}s")
+        return False
+    run.choose("torch.compile", True, f"saves about {duration(saved)} of {duration(seconds_left)}, costs about {COMPILE_SECONDS}s")
+    model.compile()
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- a library's Trainer
+
+
+def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = None) -> None:
+    """`trainer.train()` with the frame around it. Raises Interrupted once a stopped run's checkpoint is on disk."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    args = trainer.args
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    with StopSignals(time_limit_minutes) as stop:
+        frame = _frame_callback()(trainer, run, stop)
+        trainer.add_callback(frame)
+        done = int(run.resume_from.name.split("-")[-1]) if run.resume_from else 0
+        if run.resume_from:
+            run.say(f"resuming after step {done}")
+        if run.resume_from and 0 < args.max_steps <= done:
+            trainer._load_from_checkpoint(str(run.resume_from))  # the training was finished; what came after it was not
+        else:
+            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+            frame.report.finish()
+        if frame.interrupted:
+            raise Interrupted(f"{stop.reason}: checkpoint after step {trainer.state.global_step}")
+    wait_for_everyone()
+
+
+def _frame_callback() -> type:
+    """The callback class, made when first needed, since transformers takes seconds to import."""
+    from transformers import TrainerCallback
+
+    class FrameCallback(TrainerCallback):
+        report: StepReport
+
+        def __init__(self, trainer: Trainer, run: RunFolder, stop: StopSignals):
+            self.trainer, self.run, self.stop = trainer, run, stop
+            self.interrupted = False
+            self.tokens_before = 0
+            self.paused_at: float | None = None
+            self.may_compile = "training.torch_compile" not in run.given and not trainer.args.torch_compile
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            flops = self.run.figures.get("flops_per_token", 0.0)
+            self.report = StepReport(self.run, state.max_steps, flops, dtype_name(args), first_step=state.global_step)
+            self.tokens_before = state.num_input_tokens_seen
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.stop.asked() and state.global_step < state.max_steps:
+                self.interrupted = True
+                control.should_save = control.should_training_stop = True
+            if control.should_save:
+                control.should_log = True  # the loss is looked at before it is saved
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            figures = {k: v for k, v in logs.items() if k not in ("epoch", "total_flos", "num_input_tokens_seen", "num_tokens")}
+            if "loss" not in figures:
+                if any(k.startswith("eval_") for k in figures):
+                    kept = {k: v for k, v in figures.items() if not k.endswith(("_runtime", "_per_second"))}
+                    self.run.log(state.global_step, **kept)
+                    self.run.say(f"step {state.global_step}  " + "  ".join(f"{k} {v:.4f}" for k, v in kept.items()))
+                return
+            loss = float(figures.pop("loss"))
+            tokens = int(state.num_input_tokens_seen - self.tokens_before)
+            self.tokens_before = state.num_input_tokens_seen
+            figures.pop("train_tokens_per_second", None)
+            self.report.line(state.global_step, loss, tokens, **figures)
+            stop_at_nan(loss, state.global_step, self.run)
+            self._compile(state)
+
+        def _compile(self, state: Any) -> None:
+            seconds = self.report.mean_step_seconds(state.global_step)
+            if self.may_compile and seconds and state.global_step - (self.report.warm_step or 0) >= 5:
+                self.may_compile = False
+                compile_if_it_pays(self.trainer.model, self.run, seconds * (state.max_steps - state.global_step))
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            self._resume_clock()
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            wait_for_everyone()
+            if self.run.is_main:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_atomically(folder / COMPLETE, f"{state.global_step}\n")
+            wait_for_everyone()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self._resume_clock()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._resume_clock()
+
+        def _resume_clock(self) -> None:
+            if self.paused_at is not None:
+                self.report.pause(time.perf_counter() - self.paused_at)
+                self.paused_at = None
+
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            self._resume_clock()
+
+        def on_prediction_step(self, *_: Any, **__: Any) -> None:
+            if self.paused_at is None:
+                self.paused_at = time.perf_counter()
+
+    return FrameCallback
+
+
+# -------------------------------------------------------------------------------------------- a loop written out
+
+
+def make_accelerator(args: TrainingArguments, **options: Any) -> Accelerator:
+    """An Accelerator with the precision and accumulation that the `training` section says."""
+    from accelerate import Accelerator
+
+    return Accelerator(
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        cpu=args.use_cpu,
+        **options,
+    )
+
+
+class Loop:
+    """The steps of a loop written out in a recipe, with everything that `fit` gives a Trainer.
+
+        loop = Loop(run, training, accelerator, total_steps=500)
+        for step in loop:
+            ...
+            loop.log(loss=loss.item(), tokens=n)
+
+    What is checkpointed is what `accelerator.prepare` or `accelerator.register_for_checkpointing` was given, and the
+    random states of Python, NumPy and torch, so that a resumed loop takes the steps that an uninterrupted one takes.
+    `log` must be called once a step.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        total_steps: int,
+        time_limit_minutes: float | None = None,
+    ):
+        self.run, self.args, self.accelerator, self.total_steps = run, args, accelerator, total_steps
+        self.stop = StopSignals(time_limit_minutes)
+        self.step = 0
+        self.resume()
+        flops = run.figures.get("flops_per_token", 0.0)
+        self.report = StepReport(run, total_steps, flops, dtype_name(args), first_step=self.step)
+
+    def resume(self) -> None:
+        """Load the last complete checkpoint of a resumed run."""
+        if self.run.resume_from:
+            self.accelerator.load_state(str(self.run.resume_from))
+            self.step = int(self.run.resume_from.name.split("-")[-1])
+            self.run.say(f"resuming after step {self.step}")
+
+    def __iter__(self) -> Iterator[int]:
+        with self.stop:
+            while self.step < self.total_steps:
+                yield self.step
+                self.step += 1
+                stopping = self.stop.asked() and self.step < self.total_steps
+                if stopping or self.step == self.total_steps or self.step % int(self.args.save_steps) == 0:
+                    started = time.perf_counter()
+                    self.save()
+                    self.report.pause(time.perf_counter() - started)
+                if stopping:
+                    raise Interrupted(f"{self.stop.reason}: checkpoint after step {self.step}")
+        self.report.finish()
+
+    def log(self, loss: float, tokens: int, **figures: Any) -> None:
+        """The step's line. `tokens`: processed in this step by this process."""
+        step = self.step + 1
+        stop_at_nan(loss, step, self.run)
+        if step % int(self.args.logging_steps) == 0 or step == self.total_steps:
+            self.report.line(step, loss, tokens * self.accelerator.num_processes, **figures)
+        else:
+            self.report.tokens += tokens * self.accelerator.num_processes
+
+    def save(self) -> None:
+        """Write a checkpoint and mark it complete; keep the last two."""
+        import shutil
+
+        folder = self.run.checkpoints / f"checkpoint-{self.step}"
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.run.is_main:
+            write_atomically(folder / COMPLETE, f"{self.step}\n")
+            older = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+            for stale in older[: -int(self.args.save_total_limit or len(older))]:
+                shutil.rmtree(stale)
+        self.accelerator.wait_for_everyone()
+
+
