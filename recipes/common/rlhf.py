@@ -1,0 +1,187 @@
+"""The mathematics of learning from human feedback, as pure functions: rankings, log-probabilities, KL, advantages, losses.
+
+Papers, by the name used below:
+  InstructGPT  Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
+  PPO          Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+  GAE          Schulman et al. 2016, https://arxiv.org/abs/1506.02438
+  Ziegler      Ziegler et al. 2019, https://arxiv.org/abs/1909.08593
+  k1, k2, k3   Schulman 2020, http://joschu.net/blog/kl-approx.html
+
+Shapes: B sequences of P prompt tokens (padded on the left) and R response tokens (padded on the right); V words;
+`mask` [B, R] is 1 on the response's real tokens, the stop token included, 0 on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes; the identity when there is one
+
+
+# ---------------------------------------------------------------- rankings and scores
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
+    """InstructGPT eq. (1): - 1/C(K,2) E log sigmoid(r_w - r_l), over all pairs of each prompt, then over the prompts.
+
+    scores, ranks, group: [N], one entry a completion; rank 0 is best; `group` says which prompt it answers. Completions
+    of equal rank make no pair, so C(K,2) becomes the number of the prompt's untied pairs. Every prompt weighs the same,
+    however many completions it has. Raises ValueError when nothing can be compared.
+    """
+    pair = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])  # [N, N], row wins over column
+    winner, loser = pair.nonzero(as_tuple=True)  # [pairs]
+    if len(winner) == 0:
+        raise ValueError("no pair to compare: every completion of every prompt has the same rank")
+    losses = -F.logsigmoid(scores[winner].float() - scores[loser].float())  # [pairs]
+    _, prompt, pairs = group[winner].unique(return_inverse=True, return_counts=True)
+    return (losses / pairs[prompt]).sum() / len(pairs)
+
+
+def last_real_token(attention_mask: Tensor) -> Tensor:
+    """[B, L] of 0 and 1 -> [B], the index of the last 1, wherever the padding is. Raises ValueError on an empty row."""
+    if not bool(attention_mask.any(dim=1).all()):
+        raise ValueError("a row of the batch has no real token")
+    return attention_mask.shape[1] - 1 - attention_mask.flip(1).to(torch.int8).argmax(dim=1)
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """[B, L] -> [B, L], each real token's position counted from its sequence's first real token (padding gets 0)."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log pi(token) = logit[token] - logsumexp(logits): [B, R, V] and [B, R] -> [B, R] in fp32.
+
+    Gathers before it normalises: autograd keeps one fp32 copy of the logits, and no [B, R, V] log-softmax beside it.
+    """
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution, nats: [B, R, V] -> [B, R]. H = logsumexp(l) - sum_v softmax(l)_v l_v."""
+    logits = logits.float()
+    return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+
+
+def response_mask(responses: Tensor, stop: int) -> Tensor:
+    """[B, R] tokens -> [B, R] bool, true up to and with the first stop token; all true where there is none."""
+    stops = (responses == stop).cumsum(dim=1)
+    return (stops == 0) | ((stops == 1) & (responses == stop))
+
+
+# ---------------------------------------------------------------- masked statistics
+
+
+def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Mean of x over the entries where mask is 1; over all processes when `reduce` sums over them."""
+    total, count = (x * mask).sum(), mask.sum()
+    if reduce is not None:
+        total, count = reduce(torch.stack([total.double(), count.double()]))
+    return (total / count).to(x.dtype)
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift: bool = True, reduce: Reduce | None = None) -> Tensor:
+    """To variance 1 (the biased one), and mean 0 where `shift`, over the entries where mask is 1; 0 where mask is 0."""
+    mean = masked_mean(x, mask, reduce)
+    variance = masked_mean((x - mean) ** 2, mask, reduce)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (white if shift else white + mean) * mask
+
+
+def explained_variance(predicted: Tensor, target: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """1 - Var(target - predicted) / Var(target): 1 is a perfect critic, 0 no better than a constant, below 0 harmful."""
+    error = target - predicted
+    mean_error, mean_target = masked_mean(error, mask, reduce), masked_mean(target, mask, reduce)
+    unexplained = masked_mean((error - mean_error) ** 2, mask, reduce)
+    return 1 - unexplained / masked_mean((target - mean_target) ** 2, mask, reduce).clamp(min=1e-8)
+
+
+# ---------------------------------------------------------------- KL
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str = "k1") -> Tensor:
+    """KL(pi || reference) from tokens sampled from pi, per token. With d = log pi - log reference:
+
+    k1 = d                    unbiased, high variance, may be negative
+    k2 = d^2 / 2              biased, low variance
+    k3 = exp(-d) - 1 + d      unbiased, low variance, never negative
+    """
+    d = logprobs - reference
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3")
+
+
+def next_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """Ziegler section 2.2: beta <- beta (1 + 0.1 e), e = clip(kl / target - 1, -0.2, 0.2): at most 2 % a step."""
+    return coefficient * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
+# ---------------------------------------------------------------- rewards and advantages
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """InstructGPT eq. (2) without its pretraining term, a token at a time.
+
+    r_t = -beta (log pi_t - log ref_t) + [t = T] score          T is the last real token
+
+    scores: [B], one a response; logprobs, reference, mask: [B, R] -> [B, R], 0 on padding.
+    """
+    rewards = -kl_coefficient * kl_estimate(logprobs, reference) * mask
+    return rewards.scatter_add(1, last_real_token(mask)[:, None], scores[:, None].to(rewards.dtype))
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """GAE eq. (16) as the backward recursion, and the returns that the critic learns: all [B, R].
+
+    delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lambda A_{t+1}      return_t = A_t + V_t
+    A response ends at its last real token: nothing after it is bootstrapped from. Padding gets 0.
+    """
+    mask = mask.to(values.dtype)
+    values = values * mask  # so that V after the last token is 0
+    advantages = torch.zeros_like(values)
+    after, value_after = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])  # [B]
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * value_after - values[:, t]
+        after = (delta + gamma * lam * after) * mask[:, t]
+        advantages[:, t] = after
+        value_after = values[:, t]
+    return advantages, advantages + values
+
+
+# ---------------------------------------------------------------- the losses, per token
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO eq. (7), negated to be minimised: - min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi / pi_old.
+
+    All [B, R] -> (loss a token, whether the clipped branch was taken, through which no gradient flows).
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    free = ratio * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -torch.minimum(free, clipped), (clipped < free).float()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2): moved by over eps, a critic only learns to go back.
+
+    All [B, R] -> (loss a token, whether the clipped branch was taken). From OpenAI's baselines; not in the PPO paper.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    free_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.maximum(free_error, clipped_error), (clipped_error > free_error).float()
