@@ -1,0 +1,130 @@
+"""What every test stands on: one thread a process, no network, no telemetry, and the helpers that several files use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# Before torch is imported: the tests run in as many processes as there are cores, and threads beyond that only get in the way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Nothing here may need a network; without these a hub id that does not exist costs 20 seconds of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# What whoever starts the tests may have around them must not reach the recipes under test.
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RECIPES_WORLD_SIZE", "ACCELERATE_USE_CPU"):
+    os.environ.pop(_name, None)
+
+from recipes.common.launch import environment_defaults  # noqa: E402
+
+environment_defaults()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the checkout; a test that needs it is skipped where it is not there."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside this checkout")
+    return folder
+
+
+@dataclass
+class Finished:
+    """How a recipe's run ended: exit code, run folder, the final figures (empty unless it finished), what it printed."""
+
+    code: int
+    folder: Path
+    figures: dict[str, Any]
+    out: str
+    err: str
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _forget_accelerate() -> None:
+    """accelerate keeps one state a process, which would carry one run's precision into the next."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture
+def run_in_process(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Finished]]:
+    """Run a recipe in this process: `run_in_process(module, argv, folder)` -> Finished; the run goes below `folder`.
+
+    Environment, signal handlers, threads and accelerate's state are put back, so that one run does not reach another.
+    """
+    before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(recipe: ModuleType, argv: Sequence[str], folder: Path) -> Finished:
+        from recipes.common.recipe import run_recipe
+
+        _forget_accelerate()
+        capfd.readouterr()
+        code = run_recipe(recipe.main, recipe.Config, argv=[*argv, "--run.root", str(folder)])
+        out, err = capfd.readouterr()
+        words = list(argv)
+        name = words[words.index("--run.name") + 1] if "--run.name" in words else "default"
+        path = folder / Path(str(recipe.__file__)).stem / name
+        figures = path / "metrics.json"
+        return Finished(code, path, json.loads(figures.read_text()) if figures.exists() else {}, out, err)
+
+    yield run
+    os.environ.clear()
+    os.environ.update(before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    _forget_accelerate()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> dict[str, str]:
+    """An environment for a subprocess: this one, less what pytest and its workers put there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+
+
+@pytest.fixture
+def execute(clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command to its end: `execute([...], cwd=, timeout=, **environment)`; stdout and stderr as text."""
+
+    def run(
+        line: Sequence[str | Path], *, cwd: Path = ROOT, timeout: float = 120, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in line]
+        return subprocess.run(
+            words,
+            cwd=cwd,
+            env={**clean_environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
