@@ -1,0 +1,702 @@
+"""Any known schema in, one canonical row out: pure functions, no files, no heavy imports.
+
+    text          {"text": str}
+    conversation  {"messages": [{"role": "system|user|assistant|tool", "content": str}, ...]}, the answer last
+    preference    {"prompt": messages, "completions": [str, ...], "ranks": [int, ...]}, best first, ties allowed
+    prompt        {"prompt": messages}, what precedes the answer
+
+A row is recognised by its columns (alpaca, ShareGPT, messages, prompt/completion, question/answer, SQuAD,
+chosen/rejected in all forms, K-way), and what it holds (its native kind) is then turned into the kind that is asked
+for, or refused with the reason. Whatever is wrong with a row is a `BadRow` that says what, and how to put it right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+Kind = Literal["text", "conversation", "preference", "prompt", "image", "image_caption"]
+Message = dict[str, str]
+
+# Our name of a column -> the names that it goes by in the wild, most telling first.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "text": ("text", "content"),
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt", "instruction", "question", "query", "problem"),
+    "input": ("input", "context"),
+    "completion": ("completion", "output", "response", "answer", "solution", "answers"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "completions": ("completions", "responses"),
+    "ranks": ("ranks",),
+    "scores": ("scores",),
+    "image": ("image", "img"),
+    "label": ("label", "labels", "fine_label"),
+    "caption": ("caption", "text", "captions"),
+}
+# A row may lack these even where data.columns maps them.
+OPTIONAL = frozenset({"input", "system", "history", "tools"})
+
+ROLES: dict[str, str] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
+}
+# Whose turn may come after whose; None is the start.
+FOLLOWS: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+# What a native kind can serve as.
+SERVES: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "conversation": ("conversation", "prompt"),
+    "preference": ("preference", "conversation", "prompt"),
+    "prompt": ("prompt",),
+    "image": ("image",),
+    "image_caption": ("image_caption",),
+}
+HOLDS: dict[str, str] = {
+    "text": "plain text",
+    "conversation": "conversations",
+    "preference": "ranked answers",
+    "prompt": "prompts without an answer",
+    "image": "images with labels",
+    "image_caption": "images with captions",
+}
+NEEDS: dict[str, str] = {
+    "text": "a column of plain text (text)",
+    "conversation": "turns (messages), or a prompt and its answer (prompt, completion)",
+    "preference": "two answers (chosen, rejected), or more with their order (prompt, completions, ranks or scores)",
+    "prompt": "turns (messages), or a prompt",
+    "image": "an image and its class (image, label)",
+    "image_caption": "an image and its caption (image, caption)",
+}
+WHY_NOT: dict[tuple[str, str], str] = {
+    ("text", "conversation"): "plain text has no turns",
+    ("text", "preference"): "plain text has no answers to rank",
+    ("text", "prompt"): "plain text has no turns",
+    ("conversation", "text"): "its turns have roles, and joined into plain text they would lose whose words are whose",
+    ("conversation", "preference"): "with one answer a prompt there is nothing to rank",
+    ("preference", "text"): "its turns have roles, and joined into plain text they would lose whose words are whose",
+    ("prompt", "text"): "a prompt is a user's turn, not a document",
+    ("prompt", "conversation"): "there is no answer to learn",
+    ("prompt", "preference"): "there are no answers to rank",
+}
+
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class BadRow(ValueError):
+    """One row cannot be used. The text says what is wrong with it and how to put it right."""
+
+
+def misfit(native: str, kind: str) -> str | None:
+    """Why rows of kind `native` cannot serve as `kind`, and what they can serve as; None if they can."""
+    if kind in SERVES[native]:
+        return None
+    reason = WHY_NOT.get((native, kind), f"{HOLDS[kind]} are needed")
+    return (
+        f"holds {HOLDS[native]}, which cannot serve as {kind!r}: {reason}. It can serve as {_or(SERVES[native])}. "
+        f"For {kind!r} a row needs {NEEDS[kind]}"
+    )
+
+
+def check_columns(columns: Mapping[str, str] | None) -> list[str]:
+    """Say what is wrong with `data.columns` (ours -> theirs) before any row is read; [] if nothing is."""
+    problems = []
+    for ours in columns or {}:
+        if ours in ALIASES:
+            continue
+        renamed = next((name for name, aliases in ALIASES.items() if ours in aliases), None)
+        near = renamed or nearest(ours, ALIASES)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        problems.append(
+            f"data.columns: {ours!r} is not a column of ours{hint}. The map goes ours -> theirs; "
+            f"ours are {', '.join(ALIASES)}"
+        )
+    return problems
+
+
+def canonical_row(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Turn one raw row into the canonical row of `kind`.
+
+    row: a raw row of any known schema
+    columns: ours -> theirs, goes before what the columns' own names say
+    A "prompt" row keeps the row's other columns (a reward function reads them), the reference answer among them, under
+    the names that they have in the source. "tools" (a JSON list in a string) is kept for every kind but "text".
+    Raises BadRow where the row cannot be used.
+    """
+    present = {name: value for name, value in row.items() if value is not None}
+    mapping = tuple(sorted(columns.items())) if columns else ()
+    schema, names = _schema(tuple(present), kind, mapping, tuple(row))
+    native, result, used = _READERS[schema](present, names)
+    if native == "prompt" != kind:  # turns without an answer at their end: only the values could tell
+        if any(message["role"] == "assistant" for message in result["prompt"]):
+            raise BadRow(
+                "the last turn is not the assistant's: end the conversation with its answer, or drop the last turn"
+            )
+        raise BadRow("no assistant turn: there is no answer to learn")
+    result = convert(result, native, kind)
+    if kind == "text":
+        return result
+    if kind == "prompt":
+        check_prompt(result["prompt"])
+    if "tools" in names and names["tools"] in present and (tools := _tools(present[names["tools"]])):
+        result["tools"] = tools
+    if kind == "prompt":
+        taken = {names[ours] for ours in (*used, "tools") if ours in names} | set(result)
+        result |= {name: value for name, value in present.items() if name not in taken}
+    return result
+
+
+def convert(row: Mapping[str, Any], native: str, kind: str) -> dict[str, Any]:
+    """Turn a canonical row of kind `native` into one of `kind`; columns outside the canonical ones are kept.
+
+    A preference row serves as a conversation through its best completion, and as a prompt without any.
+    Raises BadRow where `native` cannot serve as `kind` or nothing precedes the answer.
+    """
+    if native == kind:
+        return dict(row)
+    if reason := misfit(native, kind):
+        raise BadRow(reason)
+    others = {name: value for name, value in row.items() if name not in ("messages", "prompt", "completions", "ranks")}
+    if native == "preference" and kind == "conversation":
+        best = {"role": "assistant", "content": row["completions"][0]}
+        return {"messages": [*row["prompt"], best], **others}
+    prompt = row["prompt"] if native == "preference" else row["messages"][:-1]
+    if not prompt or prompt[-1]["role"] == "system":
+        raise BadRow("nothing precedes the answer, so there is no prompt")
+    return {"prompt": list(prompt), **others}
+
+
+def picked_columns(keys: Iterable[str], kind: Kind, columns: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Which column of a table is which of ours, for the kinds that need no reading of values (image, image_caption).
+
+    Returns ours -> theirs with exactly the canonical columns of `kind`. Raises BadRow where one is missing.
+    """
+    wanted = {"image": ("image", "label"), "image_caption": ("image", "caption")}[kind]
+    keys = tuple(keys)
+    names = _names(keys, tuple(sorted((columns or {}).items())))
+    for ours in wanted:
+        if ours not in names:
+            raise BadRow(_missing([ours], keys, kind))
+    return {ours: names[ours] for ours in wanted}
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of `words` that `word` may be a misspelling of, or None."""
+    found = difflib.get_close_matches(word.lower(), [w for w in words if w != word], n=1, cutoff=0.75)
+    return found[0] if found else None
+
+
+# --- which schema ---------------------------------------------------------------------------------
+
+# The columns of ours that a schema cannot do without; one of several sets. The order in which schemas are tried is in
+# _TRIED: ranked answers before one answer, since a preference row often carries a plain answer too.
+_SCHEMAS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "k_way": (("completions", "ranks"), ("completions", "scores"), ("completions",)),
+    "pair": (("chosen", "rejected"),),
+    "turns": (("messages",),),
+    "answered": (("prompt", "completion"), ("input", "completion")),
+    "unanswered": (("prompt",), ("input",)),
+    "text": (("text",),),
+}
+_TRIED: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "conversation": ("k_way", "pair", "turns", "answered"),
+    "preference": ("k_way", "pair"),
+    "prompt": ("k_way", "pair", "turns", "answered", "unanswered"),
+}
+_NATIVE = {
+    "k_way": "preference",
+    "pair": "preference",
+    "turns": "conversation",
+    "answered": "conversation",
+    "unanswered": "prompt",
+    "text": "text",
+}
+
+
+@lru_cache(maxsize=4096)
+def _names(keys: tuple[str, ...], mapping: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Ours -> theirs for the columns that are there: data.columns first, then the known names."""
+    names = {ours: theirs for ours, theirs in mapping if theirs in keys}
+    free = [key for key in keys if key not in names.values()]
+    for ours, aliases in ALIASES.items():
+        if ours not in names and ours not in dict(mapping):
+            found = next((alias for alias in aliases if alias in free), None)
+            # "context" is what a question or an instruction is about only where there is one (Dolly, SQuAD)
+            if found is not None and not (found == "context" and not {"instruction", "question"} & set(keys)):
+                names[ours] = found
+    return names
+
+
+def _schema(
+    keys: tuple[str, ...], kind: str, mapping: tuple[tuple[str, str], ...], columns: tuple[str, ...]
+) -> tuple[str, dict[str, str]]:
+    """The schema of rows whose non-null columns are `keys` (of all `columns`), and ours -> theirs. Raises BadRow."""
+    found = _schema_or_problem(keys, kind, mapping, columns)
+    if isinstance(found, str):
+        raise BadRow(found)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _schema_or_problem(
+    keys: tuple[str, ...], kind: str, mapping: tuple[tuple[str, str], ...], columns: tuple[str, ...]
+) -> tuple[str, dict[str, str]] | str:
+    for ours, theirs in mapping:
+        if theirs not in columns and ours not in OPTIONAL:
+            near = nearest(theirs, columns)
+            return (
+                f"data.columns maps {ours} to {theirs!r}, which is not there"
+                f"{f' (did you mean {near!r}?)' if near else ''}. Columns: {_listed(columns)}"
+            )
+    names = _names(keys, mapping)
+    mapped = {ours for ours, theirs in mapping if theirs in keys}
+
+    def fits(schema: str) -> bool:
+        # Without an order, several completions are only worth an error to somebody who wants a preference.
+        forms = _SCHEMAS[schema] if schema != "k_way" or kind == "preference" else _SCHEMAS[schema][:2]
+        return any(all(ours in names for ours in form) for form in forms)
+
+    fitting = [schema for schema in _TRIED[kind] if fits(schema)]
+    if fitting:  # what the user mapped goes before what was merely recognised
+        return max(fitting, key=lambda s: len(mapped & {ours for form in _SCHEMAS[s] for ours in form})), names
+    filled = _names(columns, mapping)
+    nulls = [theirs for ours, theirs in filled.items() if theirs not in keys and ours not in OPTIONAL]
+    if nulls and any(all(o in filled for o in form) for schema in _TRIED[kind] for form in _SCHEMAS[schema]):
+        return f"{_listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null; for {kind!r} a row needs {NEEDS[kind]}"
+    # A half is nearer to what the user meant than another kind is: what is missing comes before what it can serve as.
+    halves = {"conversation": ("prompt", "completion"), "preference": ("chosen", "rejected")}.get(kind, ())
+    lacks = [ours for ours in halves if ours not in names]
+    if len(lacks) in (0, len(halves)):
+        for schema in ("k_way", "pair", "turns", "answered", "text"):
+            if all(ours in names for ours in _SCHEMAS[schema][0]) and (reason := misfit(_NATIVE[schema], kind)):
+                return reason
+        lacks = {
+            "text": ["text"],
+            "conversation": ["messages", "prompt", "completion"],
+            "preference": ["chosen", "rejected", "completions"],
+            "prompt": ["messages", "prompt"],
+        }[kind]
+    return _missing(lacks, columns, kind)
+
+
+def _missing(lacks: Sequence[str], columns: tuple[str, ...], kind: str) -> str:
+    """The text for a column that is not there: what was found, the nearest name, the line that maps it."""
+    unknown = [column for column in columns if not any(column in aliases for aliases in ALIASES.values())]
+    for ours in lacks:
+        for alias in ALIASES[ours]:
+            if near := nearest(alias, unknown):
+                return (
+                    f"no column {alias!r}; nearest is {near!r}. Columns: {_listed(columns)}. "
+                    f"If {near!r} is it, set data.columns: {{{ours}: {near}}}"
+                )
+    what = f"no {lacks[0]} column" if len(lacks) == 1 else "no column is one that is known"
+    wanted = [
+        ours for ours in lacks if ours not in ("messages", "completions")
+    ]  # the simpler of the forms as an example
+    example = ", ".join(f"{ours}: THEIRS" for ours in wanted)
+    return (
+        f"{what}. Columns: {_listed(columns)}. For {kind!r} a row needs {NEEDS[kind]}; "
+        f"say which column is which: data.columns: {{{example}}}"
+    )
+
+
+# --- the schemas ----------------------------------------------------------------------------------
+# Each reader: (row without nulls, ours -> theirs) -> (native kind, canonical row, the columns of ours that it used up)
+
+
+def _read_text(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    return "text", {"text": _string(row[names["text"]], names["text"])}, {"text"}
+
+
+def _read_turns(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    messages = _with_system(read_messages(row[names["messages"]], names["messages"]), row, names)
+    check_order(messages)
+    used = {"messages", "system"}
+    if messages[-1]["role"] == "assistant":
+        return "conversation", {"messages": messages}, used
+    return "prompt", {"prompt": messages}, used
+
+
+def _read_answered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    messages = _prompt(row, names)
+    answer = row[names["completion"]]
+    if isinstance(answer, str):
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    elif isinstance(answer, Mapping) and "text" in answer and not {"role", "from"} & set(answer):  # SQuAD
+        texts = answer["text"]
+        if not texts:
+            raise BadRow(f"{names['completion']} is empty: this question has no answer")
+        messages = [*messages, {"role": "assistant", "content": texts[0] if isinstance(texts, list) else texts}]
+    else:
+        messages = [*messages, *read_messages(answer, names["completion"])]
+    if not messages[-1]["content"].strip():
+        raise BadRow(f"empty answer: {names['completion']} holds no text")
+    check_order(messages)
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(
+            f"{names['completion']} ends with the {messages[-1]['role']}'s turn, not with an answer of the assistant"
+        )
+    # The answer is left for the reward function of a prompt row.
+    return "conversation", {"messages": messages}, {"prompt", "input", "system", "history"}
+
+
+def _read_unanswered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    messages = _prompt(row, names)
+    check_order(messages)
+    return "prompt", {"prompt": messages}, {"prompt", "input", "system", "history"}
+
+
+def _read_pair(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    sides: list[tuple[list[Message], bool]] = []  # (turns, whether they hold the whole conversation)
+    context = _context(row, names)
+    for ours in ("chosen", "rejected"):
+        value, name = row[names[ours]], names[ours]
+        if isinstance(value, str) and value.startswith("\n\nHuman:"):
+            turns, whole = _hh_turns(value, name), True
+        elif isinstance(value, str):
+            turns, whole = [{"role": "assistant", "content": value}], False
+        else:
+            turns = read_messages(value, name)
+            whole = turns[0]["role"] != "assistant"
+        if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+            raise BadRow(f"empty answer: {name} holds no text in its last turn")
+        sides.append((turns, whole))
+    (chosen, whole), (rejected, other_whole) = sides
+    if whole != other_whole:
+        raise BadRow(
+            "one of chosen and rejected is a whole conversation and the other only an answer; make both the same"
+        )
+    if whole:
+        for turns, ours in ((chosen, "chosen"), (rejected, "rejected")):
+            check_order(turns, names[ours])
+            if turns[-1]["role"] != "assistant":
+                raise BadRow(
+                    f"{names[ours]} ends with the {turns[-1]['role']}'s turn, not with an answer of the assistant"
+                )
+        if chosen[:-1] != rejected[:-1]:
+            turn = next(
+                (i for i, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if a != b),
+                min(len(chosen), len(rejected)) - 1,
+            )
+            raise BadRow(
+                f"chosen and rejected part at turn {turn + 1}, before the last one: they answer different prompts"
+            )
+        prompt = _with_system(chosen[:-1], row, names)
+    else:
+        if context is None:
+            raise BadRow(
+                f"chosen and rejected hold answers, and no column holds the prompt. Columns: {_listed(row)}; "
+                "set data.columns: {prompt: THEIRS}"
+            )
+        if len(chosen) > 1 or len(rejected) > 1:
+            raise BadRow("an answer of several turns cannot be ranked; keep one turn in chosen and rejected")
+        prompt = context
+    if chosen[-1]["content"] == rejected[-1]["content"]:
+        raise BadRow("chosen equals rejected: there is nothing to prefer")
+    check_prompt(prompt)
+    completions = [chosen[-1]["content"], rejected[-1]["content"]]
+    used = {"prompt", "input", "system", "history", "messages", "chosen", "rejected"}
+    return "preference", {"prompt": prompt, "completions": completions, "ranks": [0, 1]}, used
+
+
+def _read_k_way(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    name = names["completions"]
+    prompt = _context(row, names)
+    if prompt is None:
+        raise BadRow(f"no column holds the prompt. Columns: {_listed(row)}; set data.columns: {{prompt: THEIRS}}")
+    values = _unjson(row[name])
+    if not isinstance(values, list):
+        raise BadRow(f"{name} is {shown_type(values)}, not a list of answers")
+    completions = []
+    for i, value in enumerate(values, 1):
+        if isinstance(value, str):
+            answer = value
+        else:
+            turns = read_messages(value, f"{name}[{i}]")
+            if len(turns) > 1 or turns[0]["role"] != "assistant":
+                raise BadRow(f"{name}[{i}] must be one turn of the assistant")
+            answer = turns[0]["content"]
+        if not answer.strip():
+            raise BadRow(f"empty answer: {name}[{i}] holds no text")
+        completions.append(answer)
+    if len(completions) < 2:
+        raise BadRow(f"fewer than 2 ranked completions: {name} holds {len(completions)}")
+    if "ranks" in names:
+        order = _numbers(row[names["ranks"]], names["ranks"], len(completions))
+    elif "scores" in names:
+        order = [-score for score in _numbers(row[names["scores"]], names["scores"], len(completions))]
+    else:
+        raise BadRow(
+            f"{name} without their order: add ranks (0 = best) or scores (more is better), "
+            f"or map them with data.columns: {{scores: THEIRS}}. Columns: {_listed(row)}"
+        )
+    levels = sorted(set(order))
+    if len(levels) < 2:
+        raise BadRow(f"all {len(completions)} completions are tied: there is nothing to prefer")
+    place: dict[str, float] = {}
+    for answer, rank in zip(completions, order, strict=True):
+        if place.setdefault(answer, rank) != rank:
+            raise BadRow(f"the same completion has two different places: {_shown(answer)}")
+    best_first = sorted(range(len(order)), key=order.__getitem__)
+    check_prompt(prompt)
+    result = {
+        "prompt": prompt,
+        "completions": [completions[i] for i in best_first],
+        "ranks": [levels.index(order[i]) for i in best_first],
+    }
+    return "preference", result, {"prompt", "input", "system", "history", "messages", "completions", "ranks", "scores"}
+
+
+_READERS = {
+    "text": _read_text,
+    "turns": _read_turns,
+    "answered": _read_answered,
+    "unanswered": _read_unanswered,
+    "pair": _read_pair,
+    "k_way": _read_k_way,
+}
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
+def read_messages(value: Any, name: str) -> list[Message]:
+    """Turns in any spelling (role/content, ShareGPT's from/value, one turn alone, JSON in a string) as role/content.
+
+    A function call becomes an assistant's turn that holds the call as JSON, an observation a tool's turn. An empty
+    system turn is left out. Raises BadRow.
+    """
+    value = _unjson(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is {shown_type(value)}, not a list of turns such as {{role: user, content: ...}}")
+    messages: list[Message] = []
+    for number, turn in enumerate(value, 1):
+        at = f"{name}, turn {number}" if len(value) > 1 else name
+        if not isinstance(turn, Mapping):
+            raise BadRow(f"{at} is {shown_type(turn)}, not an object such as {{role: user, content: ...}}")
+        if turn.get("role") is not None:
+            said, content = turn["role"], turn.get("content")
+        elif turn.get("from") is not None:
+            said, content = turn["from"], turn.get("value")
+        else:
+            raise BadRow(f"{at} has neither role and content nor from and value; it has {_listed(turn)}")
+        role = ROLES.get(said.lower()) if isinstance(said, str) else None
+        if role is None:
+            near = nearest(str(said), ROLES)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise BadRow(f"{at}: unknown role {said!r}{hint}; known are {', '.join(ROLES)}")
+        if calls := turn.get("tool_calls"):
+            said_too = [content] if isinstance(content, str) and content else []
+            content = "\n".join([*said_too, *(_call(call, at) for call in calls)])
+        if isinstance(content, list):  # OpenAI's content parts
+            parts = [p.get("text") if isinstance(p, Mapping) else p for p in content]
+            if not all(isinstance(p, str) for p in parts):
+                raise BadRow(f"{at}: content has parts that are not text")
+            content = "".join(parts)  # type: ignore[arg-type]
+        if content is None:
+            raise BadRow(f"{at} ({said}) has no content")
+        content = _string(content, f"{at} ({said})")
+        if role == "system" and not content.strip():
+            continue
+        messages.append({"role": role, "content": content})
+    if not messages:
+        raise BadRow(f"{name} holds no turns")
+    return messages
+
+
+def check_order(messages: Sequence[Message], name: str = "") -> None:
+    """Raise BadRow unless turns follow one another as they can (system, user, assistant, ...) and say something."""
+    before: str | None = None
+    at = f"{name}: " if name else ""
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if role not in FOLLOWS[before]:
+            after = f"after {before}" if before else "first"
+            raise BadRow(f"{at}roles out of order: turn {number} is {role}, {after}; expected {_or(FOLLOWS[before])}")
+        if not message["content"].strip() and role != "tool":  # a tool may well answer nothing
+            if role == "assistant":
+                raise BadRow(f"{at}empty answer: turn {number} (assistant) holds no text")
+            raise BadRow(f"{at}turn {number} ({role}) is empty")
+        before = role
+
+
+def check_prompt(messages: Sequence[Message]) -> None:
+    """Raise BadRow unless `messages` is in order and ends where the assistant is to answer."""
+    check_order(messages)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        last = messages[-1]["role"] if messages else "nobody"
+        raise BadRow(f"the prompt must end with the user's turn; it ends with the turn of {last}")
+
+
+def _prompt(row: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
+    """Turns before the answer, from prompt (+ input, as alpaca) with history and system."""
+    value = row[names["prompt"]] if "prompt" in names else ""
+    extra = _string(row[names["input"]], names["input"]) if "input" in names else ""
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        messages = _hh_turns(value, names["prompt"])
+        if messages[-1] == {"role": "assistant", "content": ""}:  # "...\n\nAssistant:" asks for the answer
+            messages.pop()
+    elif isinstance(value, str):
+        text = "\n".join(part for part in (value, extra) if part.strip())
+        if not text:
+            raise BadRow(f"{names.get('prompt') or names['input']} is empty")
+        messages = [{"role": "user", "content": text}]
+    else:
+        messages = read_messages(value, names["prompt"])
+    history: list[Message] = []
+    if "history" in names:
+        pairs = _unjson(row[names["history"]]) or []
+        if not isinstance(pairs, list):
+            raise BadRow(f"{names['history']} is {shown_type(pairs)}, not a list of [question, answer] pairs")
+        for number, pair in enumerate(pairs, 1):
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+                raise BadRow(f"{names['history']}: entry {number} is not a pair of strings [question, answer]")
+            history += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return _with_system([*history, *messages], row, names)
+
+
+def _context(row: Mapping[str, Any], names: Mapping[str, str]) -> list[Message] | None:
+    """What precedes answers that are to be ranked; None where no column holds it."""
+    if "messages" in names and "prompt" not in names:
+        return _with_system(read_messages(row[names["messages"]], names["messages"]), row, names)
+    return _prompt(row, names) if {"prompt", "input"} & set(names) else None
+
+
+def _with_system(messages: list[Message], row: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
+    system = _string(row[names["system"]], names["system"]) if "system" in names else ""
+    if not system.strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            raise BadRow(f"two system prompts that differ: one in {names['system']}, one in the first turn")
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _hh_turns(text: str, name: str) -> list[Message]:
+    """The turns of Anthropic's hh-rlhf strings: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    parts = HH_TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    if not turns:
+        raise BadRow(f"{name} has no turn that begins with Human: or Assistant:")
+    return turns
+
+
+def _call(call: Any, at: str) -> str:
+    """A tool call as the JSON that the model is to write."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow(f"{at}: a tool call without a function name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise BadRow(f"{at}: the arguments of the call of {function['name']} are not JSON: {error}") from None
+    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+
+
+def _tools(value: Any) -> str | None:
+    """The tools that a conversation may call: a JSON list in a string (TRL's form), None where there are none."""
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"tools is not JSON: {error}") from None
+    if isinstance(value, Mapping):
+        value = [value]
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"tools is {shown_type(value)}, not a list of functions")
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {shown_type(value)}, not text")
+    return value
+
+
+def _numbers(value: Any, name: str, count: int) -> list[float]:
+    value = _unjson(value)
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is {shown_type(value)}, not a list of numbers")
+    if len(value) != count:
+        raise BadRow(f"{name} has {len(value)} entries for {count} completions")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and v == v for v in value):
+        raise BadRow(f"{name} must hold numbers only; it holds {_shown(json.dumps(value))}")
+    return value
+
+
+def _unjson(value: Any) -> Any:
+    """A list or object that CSV or Parquet carries as JSON in a string; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value  # then it is text, and whoever wanted a list says so
+    return value
+
+
+def shown_type(value: Any) -> str:
+    """What a value is, in JSON's words, for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"a number ({value})"
+    if isinstance(value, str):
+        return f"a string ({_shown(value)})" if value else "an empty string"
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"of type {type(value).__name__}"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [str(name) for name in names] or ["none"]
+    return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+
+
+def _or(words: Sequence[str]) -> str:
+    return " or ".join(repr(word) for word in words)
