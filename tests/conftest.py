@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# Before torch is imported: the tests run in as many processes as there are cores, and threads beyond that only get in the way.
+# Before torch is imported: the tests run in as many processes as there are cores; more threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -46,7 +47,7 @@ def shared_data() -> Path:
 
 @dataclass
 class Finished:
-    """How a recipe's run ended: exit code, run folder, the final figures (empty unless it finished), what it printed."""
+    """How a run ended: exit code, run folder, final figures (empty unless it finished), what it printed."""
 
     code: int
     folder: Path
@@ -128,3 +129,92 @@ def execute(clean_environment: dict[str, str]) -> Callable[..., subprocess.Compl
         )
 
     return run
+
+
+@dataclass
+class Checkout:
+    """A small copy of this repository: one recipe of the tests' own, a .venv whose python writes down its arguments."""
+
+    root: Path
+    calls_file: Path
+
+    def calls(self) -> list[str]:
+        """The command lines that .venv/bin/python was started with."""
+        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+    def stamp(self, layer: str = "base") -> None:
+        """Say that this layer is installed, as scripts/setup.sh does."""
+        requirements = "requirements.txt" if layer == "base" else f"requirements/{layer}.txt"
+        line = f"cat {requirements} requirements/constraints.txt | cksum >.venv/.{layer}"
+        subprocess.run(line, shell=True, cwd=self.root, check=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    """A repository in `tmp_path` that is set up; its recipe `demo/tiny` prints its arguments and forms a group."""
+    root = tmp_path / "checkout"
+    for folder in ("recipes/common", "recipes/demo", "configs/demo/tiny", ".venv/bin"):
+        (root / folder).mkdir(parents=True)
+    for file in ("__init__.py", "common/__init__.py", "common/errors.py", "common/launch.py", "common/machine.py"):
+        shutil.copy(ROOT / "recipes" / file, root / "recipes" / file)
+    for name in (
+        "Makefile",
+        "requirements.txt",
+        "requirements",
+        "scripts",
+        "configs/accelerate",
+        "configs/deepspeed",
+        ".ci",
+    ):
+        source = ROOT / name
+        shutil.copytree(source, root / name) if source.is_dir() else shutil.copy(source, root / name)
+    (root / "recipes/demo/__init__.py").touch()
+    (root / "recipes/demo/tiny.py").write_text(TINY_RECIPE)
+    for config in ("cpu", "gpu"):
+        (root / f"configs/demo/tiny/{config}.yaml").write_text("run: {}\n")
+    made = Checkout(root, tmp_path / "calls")
+    python = root / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\necho "$*" >>"{made.calls_file}"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for layer in ("base", "dev", "distributed"):
+        made.stamp(layer)
+    return made
+
+
+TINY_RECIPE = '''"""Tiny: the processes add up their numbers.
+
+More words.
+"""
+
+import os
+import sys
+
+from recipes.common.errors import UserError
+from recipes.common.launch import check_world_size, environment_defaults, launcher_arguments
+
+environment_defaults()
+try:
+    check_world_size()
+except UserError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+
+
+
+def say(line: str) -> None:
+    """In one piece, since the workers share one pipe."""
+    os.write(1, f"{line}\\n".encode())
+
+
+say(f"arguments {launcher_arguments(sys.argv[1:])}")
+if "--quick" not in sys.argv:
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    check_world_size(accelerator.num_processes)
+    total = int(accelerator.reduce(torch.tensor([1 + accelerator.process_index])).item())
+    place = f"process {accelerator.process_index} of {accelerator.num_processes}"
+    say(f"{place}: total {total}, threads {os.environ.get('OMP_NUM_THREADS')}")
+    accelerator.end_training()
+'''

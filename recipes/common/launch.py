@@ -142,14 +142,21 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def process_count(text: str, launch: str, gpus: int, cores: int) -> int:
-    """NPROC as a number that this machine can start under this launcher. Raises UserError."""
+def process_count(text: str) -> int:
+    """NPROC as a number. Raises UserError."""
     try:
         n = int(text)
     except ValueError:
         raise UserError(f"NPROC={text} is not a whole number") from None
     if n < 1:
         raise UserError(f"NPROC={n}: at least 1 process is needed")
+    return n
+
+
+def check_room(n: int, launch: str, gpus: int, cores: int) -> None:
+    """Raise UserError where this machine has no room for `n` processes, or would ignore this launcher."""
+    if launch not in ("single", "ddp") and not gpus:
+        raise refuse_without_gpu(f"LAUNCH={launch}")
     if launch == "single" and n > 1:
         sharing = "ddp, fsdp or zero3" if gpus else "ddp"
         raise UserError(f"LAUNCH=single is one process, and NPROC={n} asks for {n}: add LAUNCH={sharing}")
@@ -163,7 +170,6 @@ def process_count(text: str, launch: str, gpus: int, cores: int) -> int:
         raise UserError(
             f"NPROC={n}: this machine has no GPU and {have}, and more processes than cores only slow each other down"
         )
-    return n
 
 
 def refuse_without_gpu(what: str) -> UserError:
@@ -444,15 +450,13 @@ def _resolve(options: argparse.Namespace, arguments: list[str]) -> tuple[list[st
     config = (
         check(find_config, script, options.config) if script and "--config" not in arguments else Path(options.config)
     )
-    nproc = 0
+    nproc = check(process_count, options.nproc)
     if options.launch not in LAUNCHERS:
         hint = nearest(options.launch, list(LAUNCHERS))
         problems.append(f"there is no launcher LAUNCH={options.launch}{hint} ({', '.join(LAUNCHERS)})")
-    elif options.launch not in ("single", "ddp") and not gpus:
-        problems.extend(refuse_without_gpu(f"LAUNCH={options.launch}").problems)
     else:
-        nproc = check(process_count, options.nproc, options.launch, gpus, cores) or 0
-        if options.launch.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        check(check_room, nproc or 1, options.launch, gpus, cores)
+        if gpus and options.launch.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             problems.append(f"LAUNCH={options.launch} needs DeepSpeed, which is not installed: make setup-distributed")
     if problems:
         raise UserError(problems)

@@ -1,0 +1,27 @@
+# Sourced by the launch files beside it, in the repository's root: RECIPE CONFIG LAUNCH -> $script, $config, ${settings[@]}.
+# shellcheck shell=bash
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+resolve() {
+    local recipe=$1 launch=$3 found chapter
+    python=.venv/bin/python
+    [[ -f recipes/common/launch.py ]] || fail "start this in the root of the repository"
+    [[ -x $python ]] || fail "there is no .venv here: make setup"
+
+    found=(recipes/*/"$recipe".py)
+    script=${found[0]}
+    chapter=$(basename "$(dirname "$script")")
+    [[ -f $script && $chapter != common ]] || fail "there is no recipe called $recipe (make list shows them all)"
+
+    config=$2
+    [[ $config == */* || $config == *.yaml ]] || config=configs/$chapter/$recipe/$config.yaml
+    [[ -f $config ]] || fail "there is no config $config"
+
+    [[ $launch != single && -f configs/accelerate/$launch.yaml ]] || fail "there is no launcher $launch for several machines (configs/accelerate)"
+    # shellcheck disable=SC2034
+    settings=(--config_file "configs/accelerate/$launch.yaml")
+}
