@@ -58,8 +58,8 @@ SPLIT_NAMES = {
     "test": "test",
 }
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")  # tried in this order
-NOT_DATA = re.compile(r"(readme|licen[sc]e|copying|changelog|dataset_infos?|state)\b.*", re.IGNORECASE)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+NOT_DATA = re.compile(r"(readme|licen[sc]e|copying|changelog)(\.\w+)?|dataset_infos?\.json", re.IGNORECASE)
+HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 PROBLEMS_SHOWN = 10  # different things that are wrong, before the rest is only counted
 BATCH_ROWS = 5_000  # rows turned into Arrow at once ...
@@ -209,24 +209,24 @@ def _open_folder(name: str, path: Path) -> Source:
     import datasets
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # Dataset.save_to_disk
-        saved = datasets.load_from_disk(str(path))
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"data.name: {name}: a damaged folder of save_to_disk: {_first_line(error)}") from None
         whole = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return Source(
             name,
             tuple(str(split) for split in whole),
             lambda split: [Part(f"{name} ({split})", partial(_dataset_rows, lambda: whole[split]))],
         )
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and not any(piece.startswith(".") for piece in file.relative_to(path).parts)
-        and not NOT_DATA.fullmatch(file.name)
-    )
+    files = [file for file in _files(path) if not NOT_DATA.fullmatch(file.name)]
     by_format: dict[str, list[Path]] = {}
+    unknown = []
     for file in files:
         if file_format := _format_of(file):
             by_format.setdefault(file_format, []).append(file)
+        else:
+            unknown.append(str(file.relative_to(path)))
     if not by_format:
         found = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
         raise UserError(
@@ -240,6 +240,8 @@ def _open_folder(name: str, path: Path) -> Source:
             f"data.name: folder {name!r} mixes formats ({counts}); say which files to read, e.g. "
             f"data.name: [{os.path.join(name, files[0].relative_to(path))}, ...]"
         )
+    if unknown:
+        say(f"data: {name}: left out, for no reader knows them: {_some(unknown)}")
     ((file_format, files),) = by_format.items()
     splits: dict[str, list[Part]] = {}
     unnamed: list[Part] = []
@@ -275,9 +277,22 @@ def _open_folder(name: str, path: Path) -> Source:
     )
 
 
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, less hidden ones, in order."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data.name: {error.filename} cannot be read: {error.strerror}")
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def _file_part(shown: str, path: Path, file_format: str) -> Part:
-    unit: Literal["line", "row", "document"] = {"text": "document", "parquet": "row"}.get(file_format, "line")  # type: ignore
-    return Part(shown, partial(_FILE_READERS[file_format], shown, path), unit)
+    units: dict[str, Literal["row", "document"]] = {"text": "document", "parquet": "row"}
+    return Part(shown, partial(_FILE_READERS[file_format], shown, path), units.get(file_format, "line"))
 
 
 def _format_of(path: Path) -> str | None:
@@ -308,19 +323,24 @@ def _open_hub(name: str, data: Data) -> Source:
     try:
         splits = tuple(str(split) for split in datasets.get_dataset_split_names(name, data.subset))
     except _hub_errors() as error:
-        raise UserError(_hub_problem(name, data, error)) from None
-
-    def load(split: str, streaming: bool) -> Any:
-        try:
-            return datasets.load_dataset(name, data.subset, split=split, streaming=streaming)
-        except _hub_errors() as error:
-            raise UserError(_hub_problem(name, data, error)) from None
+        raise UserError(_hub_problem(name, data.subset, error)) from None
+    load = partial(_load_hub, name, data.subset)
 
     def parts(split: str) -> list[Part]:
-        read = partial(_dataset_rows, partial(load, split, False))
-        return [Part(f"{name} ({split})", read, stream=partial(load, split, True))]
+        return [
+            Part(f"{name} ({split})", partial(_dataset_rows, partial(load, split)), stream=partial(load, split, True))
+        ]
 
-    return Source(name, splits, parts, load=partial(load, streaming=False), streams=True)
+    return Source(name, splits, parts, load=load, streams=True)
+
+
+def _load_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except _hub_errors() as error:
+        raise UserError(_hub_problem(name, subset, error)) from None
 
 
 def _why_not_on_hub(name: str) -> str | None:
@@ -348,9 +368,9 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     return (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
 
 
-def _hub_problem(name: str, data: Data, error: Exception) -> str:
+def _hub_problem(name: str, subset: str | None, error: Exception) -> str:
     key = "data.subset" if "config" in str(error).lower() and "available" in str(error).lower() else "data.name"
-    given = f"{data.subset!r} of {name}" if key == "data.subset" else repr(name)
+    given = f"{subset!r} of {name}" if key == "data.subset" else repr(name)
     return f"{key}: {given} cannot be loaded from the hub: {' '.join(str(error).split())[:600] or type(error).__name__}"
 
 
@@ -364,10 +384,10 @@ def _not_found(name: str, hub_reason: str) -> str:
 
 def _nearest_path(name: str) -> str:
     """What there is where a path leads nowhere: the nearest name in the deepest folder on the way that exists."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     folder = path.parent
     missing = path.name
-    while not folder.is_dir() and folder != folder.parent:
+    while _existing(str(folder)) is None and folder != folder.parent:
         folder, missing = folder.parent, folder.name
     try:
         entries = [entry.name for entry in folder.iterdir()]
@@ -1217,7 +1237,7 @@ def _load_image_source(name: str, data: Data, kind: Kind) -> dict[str, datasets.
 
     from recipes.common.builtin import BUILTINS
 
-    path = Path(name).expanduser()
+    path = _existing(name)
     loaded: Mapping[str, Callable[[], datasets.Dataset]]
     if name in BUILTINS:
         builtin = BUILTINS[name]
@@ -1228,8 +1248,8 @@ def _load_image_source(name: str, data: Data, kind: Kind) -> dict[str, datasets.
             for split in ("train", "validation", "test")
         }
         source = Source(name, tuple(loaded), lambda split: [])
-    elif path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_FILES]
+    elif path is not None and path.is_dir():
+        files = [file for file in _files(path) if file.suffix.lower() in IMAGE_FILES]
         if not files:
             raise UserError(f"data.name: folder {name!r} holds no image ({', '.join(sorted(IMAGE_FILES))})")
         _check_images(name, path, files)
@@ -1240,7 +1260,7 @@ def _load_image_source(name: str, data: Data, kind: Kind) -> dict[str, datasets.
             raise UserError(f"data.name: folder {name!r}: {_first_line(cause)}") from None
         loaded = {str(split): partial(lambda rows: rows, rows) for split, rows in whole.items()}
         source = Source(name, tuple(loaded), lambda split: [])
-    elif path.is_file():
+    elif path is not None:
         raise UserError(
             f"data.name: {name}: images come in a folder (class subfolders, or metadata.csv) or from the hub"
         )

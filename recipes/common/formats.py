@@ -207,9 +207,11 @@ def picked_columns(keys: Iterable[str], kind: Kind, columns: Mapping[str, str] |
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of `words` that `word` may be a misspelling of, or None."""
-    found = difflib.get_close_matches(word.lower(), [w for w in words if w != word], n=1, cutoff=0.75)
-    return found[0] if found else None
+    """The one of `words` that `word` may be a misspelling or the beginning of, or None."""
+    others = [w for w in words if w != word]
+    found = difflib.get_close_matches(word.lower(), others, n=1, cutoff=0.75)
+    longer = [w for w in others if len(word) > 2 and w.startswith(word)]
+    return next(iter([*found, *longer]), None)
 
 
 # --- which schema ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def sharegpt(*said: str) -> list[dict[str, str]]:
     return [{"from": names[one[0]], "value": one[3:]} for one in said]
 
 
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     "alpaca": ({"instruction": "Add", "input": "", "output": "3"}, turns("u: Add", "a: 3")),
     "alpaca with input": ({"instruction": "Add", "input": "1 2", "output": "3"}, turns("u: Add\n1 2", "a: 3")),
     "alpaca with all": (
@@ -113,9 +114,9 @@ def test_prompt_is_what_precedes_the_last_answer(case):
     assert canonical_row(row, "prompt")["prompt"] == messages[:-1]
 
 
-PAIR = {"prompt": turns("u: q"), "completions": ["good", "bad"], "ranks": [0, 1]}
-TALK = {"prompt": turns("u: a", "a: b", "u: c"), "completions": ["good", "bad"], "ranks": [0, 1]}
-PREFERENCES = {
+PAIR: dict[str, Any] = {"prompt": turns("u: q"), "completions": ["good", "bad"], "ranks": [0, 1]}
+TALK: dict[str, Any] = {"prompt": turns("u: a", "a: b", "u: c"), "completions": ["good", "bad"], "ranks": [0, 1]}
+PREFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "strings": ({"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR),
     "alpaca": ({"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"}, PAIR),
     "question": ({"question": "q", "chosen": "good", "rejected": "bad"}, PAIR),
