@@ -379,7 +379,10 @@ def _not_found(name: str, hub_reason: str) -> str:
 
     near = formats.nearest(name, BUILTINS)
     builtin = f"not a builtin set ({', '.join(BUILTINS)}{f'; did you mean {near!r}?' if near else ''})"
-    return f"data.name: {name!r} is {builtin}, not a file or folder ({_nearest_path(name)}), and {hub_reason}"
+    return (
+        f"data.name: {name!r} is {builtin}, not a file or folder ({_nearest_path(name)}), and {hub_reason}. "
+        "Give a builtin name, a path that exists, or the id of a data set that this machine can reach"
+    )
 
 
 def _nearest_path(name: str) -> str:
