@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.common.builtin import pydocs, tasks
+from recipes.common.builtin import pydocs, pydocs_qa, tasks
 
 
 @dataclass(frozen=True)
 class Builtin:
-    """A builtin set: `load(split, seed)` gives the canonical rows of its kind for "train", "validation" or "test"."""
+    """A builtin set: `load(split, seed)` gives the canonical rows of its kind for "train", "validation" or "test".
+
+    The seed sets order and wording, never the split. Another split's name is a UserError.
+    """
 
     kind: str  # text | conversation | preference
     load: Callable[[str, int], list[dict[str, Any]]]
@@ -22,6 +25,10 @@ class Builtin:
 
 
 BUILTINS: dict[str, Builtin] = {
-    "pydocs": Builtin("text", pydocs.load, "the running Python's manual and standard library: 10 MB of text and code"),
+    "pydocs": Builtin("text", pydocs.load, "the running Python's manual and standard library, 10 MB of text and code"),
+    "pydocs_qa": Builtin("conversation", pydocs_qa.load, "questions answered from the standard library's docstrings"),
     "tasks": Builtin("conversation", tasks.load, "questions with one right answer, English and Chinese, 12 families"),
+    "tasks_preferences": Builtin(
+        "preference", tasks.load_preferences, "4 to 6 ranked answers to the questions of tasks"
+    ),
 }

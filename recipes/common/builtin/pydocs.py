@@ -22,8 +22,8 @@ from recipes.common.errors import UserError
 HELD_OUT = 4  # percent of the documents in validation, and as many in test
 LEAST_BYTES = 1_000_000  # with less than this there is nothing to train on
 
-# Not the library: what was installed beside it, its caches, its tests (as large as the library, and of another kind), and
-# its codecs (tables, and one short file forty times over).
+# Not the library: what was installed beside it, its caches, its tests (as large, and of another kind), and its codecs
+# (tables, and one short file forty times over).
 LEFT_OUT_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -67,9 +67,9 @@ def documents() -> list[tuple[str, str]]:
     if found < LEAST_BYTES:
         folder = sysconfig.get_path("stdlib")
         raise UserError(
-            f"data.name: pydocs reads the source of the standard library, and {folder} holds only {found:,} characters of "
-            "it. Run a Python that comes with its source (python.org, pyenv, uv, conda, a distribution's full python3 "
-            "package), or point data.name at a text file"
+            f"data.name: pydocs reads the source of the standard library, and {folder} holds only {found:,} characters "
+            "of it. Run a Python that comes with its source (python.org, pyenv, uv, conda, or a distribution's full "
+            "python3 package), or point data.name at a text file"
         )
     return [(path, text) for text, path in unique.items()]
 

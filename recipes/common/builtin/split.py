@@ -1,4 +1,4 @@
-"""Which split a thing belongs to, by a stable hash of what it is: the same on every machine, for every seed and order."""
+"""Which split a thing belongs to, by a stable hash of what it is: the same on every machine, in any order."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Small questions whose answers can be checked, in English and Chinese: twelve families from arithmetic to table look-up.
+"""Small questions with one right answer, in English and Chinese: twelve families from arithmetic to table look-up.
 
 An *instance* is a question whatever its wording and language (add 17 and 25). Its split is a hash of the instance, so a
-held-out instance was never seen in any words. What is asked and answered is built from language-neutral values
-(numbers, words with their two names, lists of these) and put into words last.
+held-out instance was never seen in any words. Questions and answers are made of language-neutral values (numbers, words
+with a name in each language, lists of these) and are put into words last.
 
 `load` gives conversations for supervised fine-tuning, `load_preferences` ranked answers for a reward model, and `check`
 says whether an answer is right: the reward that can be trusted.
@@ -12,265 +12,47 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from recipes.common.builtin.split import check_split, split_of
+from recipes.common.builtin.wordings import (
+    GOODS,
+    LETTERS,
+    MONTHS,
+    PEOPLE,
+    PLACES,
+    PROMPTS,
+    RAMBLINGS,
+    REFUSALS,
+    THINGS,
+    WEEKDAYS,
+    Word,
+)
 
 Row: TypeAlias = dict[str, Any]
+Value: TypeAlias = "int | Word | Sequence[int | Word]"
 
 HELD_OUT = 5  # percent of the instances in validation, and as many in test
 SIZES = {"train": 40_000, "validation": 2_000, "test": 2_000}
 PREFERENCE_SIZES = {"train": 12_000, "validation": 600, "test": 600}
 CHINESE = 0.3  # share of the rows
-
-
-class Word(NamedTuple):
-    """Something that has a name in each language."""
-
-    en: str
-    zh: str
-
-
-Value: TypeAlias = "int | Word | list[int] | list[Word] | list[int | Word]"
+NEAR, RANDOM, WRONG_FORM = 1, 2, 3  # ranks of the wrong answers
 
 
 @dataclass(slots=True)
 class Instance:
-    """One question, before it is put into words."""
+    """One question before it is put into words."""
 
     form: str  # which group of PROMPTS asks it
-    key: tuple  # what makes it the same question: instances with equal keys are in one split
+    key: tuple[Any, ...]  # what makes it the same question: instances with equal keys are in one split
     fields: dict[str, Value]  # what the prompt is filled with
     answer: Value
-    slips: list[Value]  # wrong answers that somebody who nearly knows would give
+    slips: Sequence[Value]  # wrong answers that somebody who nearly knows would give; some may repeat or be right
 
 
-def words(*pairs: str) -> list[Word]:
-    return [Word(*pair.split("/")) for pair in pairs]
-
-
-THINGS = words(
-    *"apple/苹果 pear/梨 plum/李子 lemon/柠檬 peach/桃子 grape/葡萄 cat/猫 dog/狗 fish/鱼 bird/鸟 horse/马 cow/牛 pig/猪".split(),
-    *"sheep/羊 duck/鸭 frog/青蛙 pen/笔 book/书 cup/杯子 lamp/灯 door/门 tree/树 moon/月亮 star/星星 sun/太阳 rain/雨".split(),
-    *"snow/雪 wind/风 rice/米 milk/牛奶 bread/面包 tea/茶 salt/盐 egg/鸡蛋 red/红 blue/蓝 gold/金 stone/石头 river/河 hat/帽子".split(),
-)
-GOODS = words(
-    *"apples/苹果 pears/梨 plums/李子 lemons/柠檬 peaches/桃子 pens/笔 books/书 cups/杯子 eggs/鸡蛋 cakes/蛋糕 hats/帽子".split(),
-    *"bags/包 lamps/灯 shoes/鞋 balls/球 toys/玩具".split(),
-)
-PEOPLE = words(
-    *"Anna/小安 Ben/小本 Tom/小明 Mary/小红 Lucy/小丽 Jack/小刚 Lily/小美 Sam/小军 Emma/小华 Paul/小强".split()
-)
-WEEKDAYS = words(
-    *"Monday/星期一 Tuesday/星期二 Wednesday/星期三 Thursday/星期四 Friday/星期五 Saturday/星期六 Sunday/星期日".split()
-)
-MONTHS = words(
-    *"January/一月 February/二月 March/三月 April/四月 May/五月 June/六月 July/七月 August/八月 September/九月".split(),
-    *"October/十月 November/十一月 December/十二月".split(),
-)
-PLACES = words(*"first/第一个 second/第二个 third/第三个 fourth/第四个 fifth/第五个".split())
-LETTERS = [Word(letter, letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
-
-# How each form is asked. The fields are the instance's; a prompt's first letter is made a capital.
-PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "add": {
-        "en": (
-            "What is {a} + {b}?",
-            "Add {a} and {b}.",
-            "{a} plus {b} equals what?",
-            "Compute {a} + {b}.",
-            "{who} has {a} coins and gets {b} more. How many coins now?",
-        ),
-        "zh": ("{a}+{b}等于多少？", "{a}加{b}是多少？", "计算{a}+{b}。", "{who}有{a}元，又得到{b}元，现在有多少元？"),
-    },
-    "subtract": {
-        "en": (
-            "What is {a} - {b}?",
-            "Subtract {b} from {a}.",
-            "What is {a} minus {b}?",
-            "Compute {a} - {b}.",
-            "{who} has {a} coins and spends {b}. How many coins are left?",
-        ),
-        "zh": ("{a}-{b}等于多少？", "{a}减{b}是多少？", "计算{a}-{b}。", "{who}有{a}元，花了{b}元，还剩多少元？"),
-    },
-    "multiply": {
-        "en": (
-            "What is {a} * {b}?",
-            "What is {a} times {b}?",
-            "Multiply {a} by {b}.",
-            "Compute {a} * {b}.",
-            "{a} boxes hold {b} pens each. How many pens in all?",
-        ),
-        "zh": ("{a}*{b}等于多少？", "{a}乘{b}是多少？", "计算{a}*{b}。", "{a}个盒子，每盒{b}支笔，一共多少支？"),
-    },
-    "largest": {
-        "en": (
-            "Which is the largest: {items}?",
-            "Find the maximum of {items}.",
-            "What is the biggest number in {items}?",
-        ),
-        "zh": ("{items}中最大的数是多少？", "找出最大的数：{items}。", "求{items}的最大值。"),
-    },
-    "smallest": {
-        "en": (
-            "Which is the smallest: {items}?",
-            "Find the minimum of {items}.",
-            "What is the lowest number in {items}?",
-        ),
-        "zh": ("{items}中最小的数是多少？", "找出最小的数：{items}。", "求{items}的最小值。"),
-    },
-    "ascending": {
-        "en": (
-            "Sort {items} from small to large.",
-            "Sort in ascending order: {items}.",
-            "Put {items} in increasing order.",
-        ),
-        "zh": ("把{items}从小到大排列。", "从小到大排序：{items}。", "将{items}按升序排列。"),
-    },
-    "descending": {
-        "en": (
-            "Sort {items} from large to small.",
-            "Sort in descending order: {items}.",
-            "Put {items} in decreasing order.",
-        ),
-        "zh": ("把{items}从大到小排列。", "从大到小排序：{items}。", "将{items}按降序排列。"),
-    },
-    "alphabetical": {
-        "en": (
-            "Sort {items} alphabetically.",
-            "Put {items} in alphabetical order.",
-            "Sort in alphabetical order: {items}.",
-        ),
-        "zh": ("把{items}按字母顺序排列。", "按字母顺序排序：{items}。", "将{items}按字母表排列。"),
-    },
-    "reverse": {
-        "en": (
-            "Reverse this list: {items}.",
-            "Write {items} backwards.",
-            "Put {items} in reverse order.",
-            "Say these in reverse: {items}.",
-        ),
-        "zh": ("把{items}倒过来写。", "倒序排列：{items}。", "将{items}反过来说。"),
-    },
-    "count": {
-        "en": (
-            "How many items are in this list: {items}?",
-            "Count these words: {items}.",
-            "How many words are here: {items}?",
-        ),
-        "zh": ("这里有几个词：{items}？", "数一数有多少个词：{items}。", "{items}，一共几个词？"),
-    },
-    "occurrences": {
-        "en": (
-            "How many times does {item} appear in {items}?",
-            "Count each {item} in {items}.",
-            "How often is {item} in this list: {items}?",
-        ),
-        "zh": ("{items}中有几个{item}？", "{item}在{items}中出现几次？", "数一数{items}里{item}的个数。"),
-    },
-    "day after": {
-        "en": (
-            "Today is {day}. What day is it in {n} days?",
-            "What day comes {n} days after {day}?",
-            "It is {day}. Which weekday is it {n} days from now?",
-        ),
-        "zh": ("今天是{day}，{n}天后是星期几？", "{day}之后{n}天是星期几？", "{day}再过{n}天是星期几？"),
-    },
-    "day before": {
-        "en": (
-            "Today is {day}. What day was it {n} days ago?",
-            "What day comes {n} days before {day}?",
-            "It is {day}. Which weekday was {n} days earlier?",
-        ),
-        "zh": ("今天是{day}，{n}天前是星期几？", "{day}之前{n}天是星期几？", "{day}往前{n}天是星期几？"),
-    },
-    "month after": {
-        "en": ("Which month comes {n} months after {month}?", "It is {month}. Which month is it in {n} months?"),
-        "zh": ("{month}之后{n}个月是几月？", "现在是{month}，再过{n}个月是几月？"),
-    },
-    "month before": {
-        "en": ("Which month comes {n} months before {month}?", "It is {month}. Which month was it {n} months ago?"),
-        "zh": ("{month}之前{n}个月是几月？", "现在是{month}，{n}个月前是几月？"),
-    },
-    "date after": {
-        "en": (
-            "What is the date {n} days after {date}?",
-            "Today is {date}. What is the date in {n} days?",
-            "Which date is {n} days later than {date}?",
-        ),
-        "zh": ("{date}之后{n}天是几月几日？", "今天是{date}，{n}天后是几月几日？", "{date}再过{n}天是哪天？"),
-    },
-    "date before": {
-        "en": (
-            "What is the date {n} days before {date}?",
-            "Today is {date}. What was the date {n} days ago?",
-            "Which date is {n} days earlier than {date}?",
-        ),
-        "zh": ("{date}之前{n}天是几月几日？", "今天是{date}，{n}天前是几月几日？", "{date}往前{n}天是哪天？"),
-    },
-    "price": {
-        "en": (
-            "{costs}. How much do {item} cost?",
-            "Prices: {table}. What is the price of {item}?",
-            "Price list: {table}. How much are {item}?",
-        ),
-        "zh": ("{costs}。{item}多少元？", "价格：{table}。{item}的价格是多少？", "价目表：{table}。{item}要多少元？"),
-    },
-    "priced": {
-        "en": (
-            "{costs}. What costs {price}?",
-            "Prices: {table}. Which item costs {price}?",
-            "Price list: {table}. What can I buy for {price}?",
-        ),
-        "zh": (
-            "{costs}。什么卖{price}元？",
-            "价格：{table}。哪样东西{price}元？",
-            "价目表：{table}。{price}元能买什么？",
-        ),
-    },
-    "older": {
-        "en": (
-            "{x} is {a} years old and {y} is {b}. Who is older?",
-            "{x} is {a} and {y} is {b}. Which one is older?",
-            "Who is older, {x} at {a} or {y} at {b}?",
-        ),
-        "zh": (
-            "{x}{a}岁，{y}{b}岁，谁年纪大？",
-            "{x}今年{a}岁，{y}今年{b}岁。谁更大？",
-            "谁更年长：{a}岁的{x}还是{b}岁的{y}？",
-        ),
-    },
-    "younger": {
-        "en": (
-            "{x} is {a} years old and {y} is {b}. Who is younger?",
-            "{x} is {a} and {y} is {b}. Which one is younger?",
-            "Who is younger, {x} at {a} or {y} at {b}?",
-        ),
-        "zh": (
-            "{x}{a}岁，{y}{b}岁，谁年纪小？",
-            "{x}今年{a}岁，{y}今年{b}岁。谁更小？",
-            "谁更年轻：{a}岁的{x}还是{b}岁的{y}？",
-        ),
-    },
-    "more": {
-        "en": (
-            "{x} has {a} points and {y} has {b}. Who has more?",
-            "{x} scored {a} and {y} scored {b}. Who won?",
-        ),
-        "zh": ("{x}有{a}分，{y}有{b}分，谁的分多？", "{x}得{a}分，{y}得{b}分。谁赢了？"),
-    },
-    "position": {
-        "en": (
-            "What is the {nth} item in {items}?",
-            "Which word is {nth} in this list: {items}?",
-            "Give the {nth} word of {items}.",
-            "Name the {nth} one: {items}.",
-        ),
-        "zh": ("{items}中{nth}是什么？", "说出{nth}词：{items}。", "{items}，{nth}词是哪个？"),
-    },
-}
+# ---------------------------------------------------------------------------------------------------- the families
 
 
 def add(rng: random.Random) -> Instance:
@@ -286,8 +68,8 @@ def add(rng: random.Random) -> Instance:
     low, high = sorted((a, b))
     if rng.random() < 0.5:
         a, b = b, a
-    slips = number_slips(a + b, high - low)
-    return Instance("add", (low, high), {"a": a, "b": b, "who": rng.choice(PEOPLE)}, a + b, slips)
+    fields: dict[str, Value] = {"a": a, "b": b, "who": rng.choice(PEOPLE)}
+    return Instance("add", (low, high), fields, a + b, [*number_slips(a + b), high - low])
 
 
 def subtract(rng: random.Random) -> Instance:
@@ -296,7 +78,8 @@ def subtract(rng: random.Random) -> Instance:
     b = rng.randint(1, min(a - 1, 9)) if level < 0.7 else rng.randint(1, a - 1)
     if a == 2 * b:  # the answer would stand in the question
         b -= 1
-    return Instance("subtract", (a, b), {"a": a, "b": b, "who": rng.choice(PEOPLE)}, a - b, number_slips(a - b, a + b))
+    fields: dict[str, Value] = {"a": a, "b": b, "who": rng.choice(PEOPLE)}
+    return Instance("subtract", (a, b), fields, a - b, [*number_slips(a - b), a + b])
 
 
 def multiply(rng: random.Random) -> Instance:
@@ -305,111 +88,88 @@ def multiply(rng: random.Random) -> Instance:
     low, high = sorted((a, b))
     if rng.random() < 0.5:
         a, b = b, a
-    return Instance(
-        "multiply", (low, high), {"a": a, "b": b}, a * b, [*number_slips(a * b, a + b), a * b + a, a * b - b]
-    )
-
-
-def numbers(rng: random.Random, least: int = 3, most: int = 5) -> list[int]:
-    """Some different numbers: below 10 or below 100."""
-    return rng.sample(range(1, 10 if rng.random() < 0.4 else 100), rng.randint(least, most))
+    return Instance("multiply", (low, high), {"a": a, "b": b}, a * b, [*number_slips(a * b), a * b + a, a * b - b])
 
 
 def extreme(rng: random.Random) -> Instance:
-    items = numbers(rng)
+    items = some_numbers(rng)
     form = rng.choice(("largest", "smallest"))
     ordered = sorted(items, reverse=form == "largest")
-    slips: list[Value] = [ordered[1], ordered[-1], ordered[1], rng.choice(ordered[1:])]
-    return Instance(form, tuple(sorted(items)), {"items": items}, ordered[0], slips)
+    return Instance(form, tuple(sorted(items)), {"items": items}, ordered[0], ordered[1:])
 
 
 def sort(rng: random.Random) -> Instance:
     form = rng.choice(("ascending", "descending", "alphabetical"))
-    items: list[Any] = rng.sample(LETTERS, rng.randint(3, 5)) if form == "alphabetical" else numbers(rng)
+    items: list[Any] = rng.sample(LETTERS, rng.randint(3, 5)) if form == "alphabetical" else some_numbers(rng)
     ordered = sorted(items, reverse=form == "descending")
-    if items == ordered:
-        items = items[1:] + items[:1]
-    return Instance(form, tuple(sorted(items)), {"items": items}, ordered, list_slips(rng, ordered, items))
-
-
-def some(rng: random.Random, size: int) -> list[Any]:
-    """Some different things of one kind: words, letters or numbers."""
-    kind = rng.random()
-    if kind < 0.6:
-        return rng.sample(THINGS, size)
-    return rng.sample(LETTERS, size) if kind < 0.8 else rng.sample(range(1, 100), size)
+    if items == ordered:  # the answer would stand in the question
+        items = items[::-1]
+    return Instance(form, tuple(sorted(items)), {"items": items}, ordered, list_slips(rng, ordered))
 
 
 def reverse(rng: random.Random) -> Instance:
-    items = some(rng, rng.randint(3, 5))
+    kind = rng.choice((THINGS, THINGS, LETTERS, range(1, 100)))
+    items: list[Any] = rng.sample(kind, rng.randint(3, 5))
     answer = items[::-1]
-    key = min(names(items), names(answer))
-    return Instance("reverse", key, {"items": items}, answer, list_slips(rng, answer, items))
+    return Instance("reverse", min(names(items), names(answer)), {"items": items}, answer, list_slips(rng, answer))
 
 
 def count(rng: random.Random) -> Instance:
     if rng.random() < 0.4:
         n = rng.randint(2, 7)
-        items = rng.sample(THINGS, n)
-        return Instance("count", names(items), {"items": items}, n, [n - 1, n + 1, n + 2])
-    kinds = rng.sample(THINGS if rng.random() < 0.5 else LETTERS, 3)
+        things = rng.sample(THINGS, n)
+        return Instance("count", names(things), {"items": things}, n, [n - 1, n + 1])
+    asked, *others = rng.sample(rng.choice((THINGS, LETTERS)), 3)
     n = rng.randint(1, 5)
-    items = [kinds[0]] * n + [rng.choice(kinds[1:]) for _ in range(rng.randint(1, 3))]
+    items = [asked] * n + rng.choices(others, k=rng.randint(1, 3))
     rng.shuffle(items)
-    slips: list[Value] = [n - 1, n + 1, len(items)] if n > 1 else [n + 1, len(items)]
-    return Instance("occurrences", (kinds[0].en, *names(items)), {"items": items, "item": kinds[0]}, n, slips)
+    key = (asked.en, *names(items))
+    return Instance("occurrences", key, {"items": items, "item": asked}, n, [n - 1 or n + 2, n + 1, len(items)])
 
 
 def weekday(rng: random.Random) -> Instance:
-    day, n, sign = rng.randrange(7), rng.choice((2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 16, 20)), rng.choice((1, -1))
-    slips: list[Value] = [WEEKDAYS[(day + sign * n + slip) % 7] for slip in (1, -1, 2, -2)] + [
-        WEEKDAYS[(day - sign * n) % 7]
-    ]
+    day, sign = rng.randrange(7), rng.choice((1, -1))
+    n = rng.choice((2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 16, 20))
+    answer = day + sign * n
+    slips = [WEEKDAYS[slip % 7] for slip in (answer + 1, answer - 1, answer + 2, answer - 2, day - sign * n)]
     form = "day after" if sign == 1 else "day before"
-    return Instance(form, (day, sign * n), {"day": WEEKDAYS[day], "n": n}, WEEKDAYS[(day + sign * n) % 7], slips)
+    return Instance(form, (day, sign * n), {"day": WEEKDAYS[day], "n": n}, WEEKDAYS[answer % 7], slips)
 
 
 def date(rng: random.Random) -> Instance:
     month, sign = rng.randrange(12), rng.choice((1, -1))
-    slips: list[Value]
     if rng.random() < 0.4:
         n = rng.randint(2, 11)
-        slips = [MONTHS[(month + sign * n + slip) % 12] for slip in (1, -1, 2, -2)] + [MONTHS[(month - sign * n) % 12]]
+        answer = month + sign * n
+        slips = [MONTHS[slip % 12] for slip in (answer + 1, answer - 1, answer + 2, answer - 2, month - sign * n)]
         form = "month after" if sign == 1 else "month before"
-        return Instance(
-            form, (month, sign * n), {"month": MONTHS[month], "n": n}, MONTHS[(month + sign * n) % 12], slips
-        )
+        return Instance(form, (month, sign * n), {"month": MONTHS[month], "n": n}, MONTHS[answer % 12], slips)
     n = rng.randint(2, 10)
-    day = rng.randint(1, 28 - n)
+    day = rng.randint(1, 28 - n)  # so that no date leaves its month
     start, end = (day, day + n) if sign == 1 else (day + n, day)
-    slips = [on(month, end + slip) for slip in (1, -1) if 1 <= end + slip <= 28]
-    slips += [on((month + 1) % 12, end), on((month - 1) % 12, end), on(month, max(1, start - sign * n))]
+    others = [end + 1, end - 1, end + 2, end - 2, end + 10, end - 10, start - sign * n]
+    slips = [on(month, other) for other in others if 1 <= other <= 28] + [on((month + 1) % 12, end)]
     form = "date after" if sign == 1 else "date before"
     return Instance(form, (month, start, end), {"date": on(month, start), "n": n}, on(month, end), slips)
-
-
-def on(month: int, day: int) -> Word:
-    return Word(f"{MONTHS[month].en} {day}", f"{month + 1}月{day}日")
 
 
 def lookup(rng: random.Random) -> Instance:
     goods = rng.sample(GOODS, rng.randint(2, 4))
     prices = rng.sample(range(1, 20), len(goods))
-    asked = rng.randrange(len(goods))
-    pairs = list(zip(goods, prices, strict=True))
+    item, price = goods[0], prices[0]
+    key = (item.en, *sorted((thing.en, cost) for thing, cost in zip(goods, prices, strict=True)))
+    table = list(zip(goods, prices, strict=True))
+    rng.shuffle(table)
+    chinese = "，".join(f"{thing.zh}{cost}元" for thing, cost in table)
     fields: dict[str, Value] = {
-        "item": goods[asked],
-        "price": prices[asked],
-        "table": Word(", ".join(f"{w.en} {p}" for w, p in pairs), "，".join(f"{w.zh}{p}元" for w, p in pairs)),
-        "costs": Word(", ".join(f"{w.en} cost {p}" for w, p in pairs), "，".join(f"{w.zh}{p}元" for w, p in pairs)),
+        "item": item,
+        "price": price,
+        "table": Word(", ".join(f"{thing.en} {cost}" for thing, cost in table), chinese),
+        "costs": Word(", ".join(f"{thing.en} cost {cost}" for thing, cost in table), chinese),
     }
-    key = (*sorted((w.en, p) for w, p in pairs), asked)
-    slips: list[Value]
     if rng.random() < 0.5:
-        slips = [p for p in prices if p != prices[asked]] + [prices[asked] + 1, prices[asked] - 1]
-        return Instance("price", key, fields, prices[asked], slips)
-    slips = [w for w in goods if w != goods[asked]]
-    return Instance("priced", key, fields, goods[asked], slips)
+        return Instance("price", key, fields, price, [*prices[1:], *number_slips(price)])
+    return Instance("priced", key, fields, item, goods[1:])
 
 
 def compare(rng: random.Random) -> Instance:
@@ -417,67 +177,80 @@ def compare(rng: random.Random) -> Instance:
     x, y = rng.sample(PEOPLE, 2)
     a, b = rng.sample(range(3, 80), 2)
     winner, loser = (x, y) if (a > b) == (form != "younger") else (y, x)
-    return Instance(form, tuple(sorted((a, b))), {"x": x, "y": y, "a": a, "b": b}, winner, [loser])
+    return Instance(form, (min(a, b), max(a, b)), {"x": x, "y": y, "a": a, "b": b}, winner, [loser])
 
 
 def position(rng: random.Random) -> Instance:
-    items = rng.sample(THINGS, rng.randint(3, 5))
+    items = rng.sample(rng.choice((THINGS, LETTERS)), rng.randint(3, 5))
     nth = rng.randrange(len(items))
-    slips: list[Value] = [items[i] for i in (nth - 1, nth + 1) if 0 <= i < len(items)] + [
-        w for w in items if w != items[nth]
-    ]
+    slips = items[max(0, nth - 1) : nth + 2]
     return Instance("position", (*names(items), nth), {"items": items, "nth": PLACES[nth]}, items[nth], slips)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
-    "add": add,
-    "subtract": subtract,
-    "multiply": multiply,
-    "extreme": extreme,
-    "sort": sort,
-    "reverse": reverse,
-    "count": count,
-    "weekday": weekday,
-    "date": date,
-    "lookup": lookup,
-    "compare": compare,
-    "position": position,
+    family.__name__: family
+    for family in (
+        add,
+        subtract,
+        multiply,
+        extreme,
+        sort,
+        reverse,
+        count,
+        weekday,
+        date,
+        lookup,
+        compare,
+        position,
+    )
 }
 
 
-def names(items: list[Any]) -> tuple[str, ...]:
-    return tuple(item.en if isinstance(item, Word) else str(item) for item in items)
+def some_numbers(rng: random.Random) -> list[int]:
+    """Three to five different numbers, all below 10 or all below 100."""
+    return rng.sample(range(1, rng.choice((10, 100))), rng.randint(3, 5))
 
 
-def number_slips(n: int, other: int) -> list[Value]:
-    """Off by one, off by ten, digits swapped, the other operation."""
-    slips = [n - 1, n + 1, n - 10, n + 10, n % 10 * 10 + n // 10 if 9 < n < 100 and n % 10 else n + 2, other]
-    return [slip for slip in slips if slip > 0 and slip != n]
+def on(month: int, day: int) -> Word:
+    return Word(f"{MONTHS[month].en} {day}", f"{month + 1}月{day}日")
 
 
-def list_slips(rng: random.Random, answer: list[Any], items: list[Any]) -> list[Value]:
-    """Two neighbours swapped, one missing, one twice, as it was given, the other way round."""
+def names(items: Sequence[int | Word]) -> tuple[str, ...]:
+    return tuple(say(item, "en") for item in items)
+
+
+def number_slips(n: int) -> list[int]:
+    """Off by one, by two or by ten, and the digits swapped."""
+    near = [n - 1, n + 1, n - 1, n + 1, n - 2, n + 2, n - 10, n + 10]
+    swapped = int(str(n)[::-1])
+    return [slip for slip in [*near, swapped] if slip > 0]
+
+
+def list_slips(rng: random.Random, answer: Sequence[Any]) -> list[Sequence[Any]]:
+    """Two neighbours swapped, one item missing, one twice, one replaced by another, or all the other way round."""
     i = rng.randrange(len(answer) - 1)
-    j = rng.randrange(len(answer))
     swapped = [*answer[:i], answer[i + 1], answer[i], *answer[i + 2 :]]
-    return [swapped, answer[:j] + answer[j + 1 :], answer[: j + 1] + answer[j:], items, answer[::-1]]
+    twice = [*answer[: i + 1], answer[i], *answer[i + 2 :]]
+    return [swapped, [*answer[:i], *answer[i + 1 :]], [*answer[: i + 1], *answer[i:]], twice, answer[::-1]]
+
+
+# --------------------------------------------------------------------------------------------------- in words
 
 
 def say(value: Value, language: str) -> str:
     """A value in words: 12 | Friday, 星期五 | 3, 5, 9 or 3、5、9."""
     if isinstance(value, Word):
         return value.zh if language == "zh" else value.en
-    if isinstance(value, list):
-        return ("、" if language == "zh" else ", ").join(say(item, language) for item in value)
-    return str(value)
+    if isinstance(value, int):
+        return str(value)
+    return ("、" if language == "zh" else ", ").join(say(item, language) for item in value)
 
 
 def ask(instance: Instance, language: str, rng: random.Random) -> str:
     """The instance as a prompt, in one of its wordings."""
-    prompt = rng.choice(PROMPTS[instance.form][language]).format(
-        **{name: say(value, language) for name, value in instance.fields.items()}
-    )
-    return prompt[0].upper() + prompt[1:]
+    wording = rng.choice(PROMPTS[instance.form][language])
+    prompt = wording.format(**{name: say(value, language) for name, value in instance.fields.items()})
+    return prompt[0].upper() + prompt[1:] if language == "en" else prompt
 
 
 def draw(family: str, split: str, rng: random.Random) -> Instance:
@@ -488,34 +261,112 @@ def draw(family: str, split: str, rng: random.Random) -> Instance:
             return instance
 
 
+def draw_language(rng: random.Random) -> str:
+    return "zh" if rng.random() < CHINESE else "en"
+
+
 def load(split: str, seed: int) -> list[Row]:
-    """Rows {"messages": [user, assistant], "task": family, "language": "en" | "zh", "answer"}, families in equal parts."""
+    """Rows {"messages": [user, assistant], "task": family, "language": "en" | "zh", "answer"}.
+
+    40,000 rows of train, 2,000 of each held-out split; the families in equal parts, a question seldom twice.
+    """
     check_split(split)
     rng = random.Random(f"tasks {split} {seed}")
     families = list(FAMILIES)
+    asked: set[str] = set()
     rows = []
     for i in range(SIZES[split]):
-        family = families[i % len(families)]
-        language = "zh" if rng.random() < CHINESE else "en"
-        instance = draw(family, split, rng)
+        family, language = families[i % len(families)], draw_language(rng)
+        for _ in range(5):  # a family of few instances has fewer prompts than rows
+            instance = draw(family, split, rng)
+            prompt = ask(instance, language, rng)
+            if prompt not in asked:
+                break
+        asked.add(prompt)
         answer = say(instance.answer, language)
-        messages = [
-            {"role": "user", "content": ask(instance, language, rng)},
-            {"role": "assistant", "content": answer},
-        ]
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages, "task": family, "language": language, "answer": answer})
     rng.shuffle(rows)
     return rows
 
 
-# Full-width forms (１２，．) to ASCII; the other compatibility characters (², ①) are other numbers and stay.
+# --------------------------------------------------------------------------------------------------- preferences
+
+
+def load_preferences(split: str, seed: int) -> list[Row]:
+    """Rows {"prompt": [user], "completions", "ranks", "task", "language", "answer"} of 4 to 6 completions, best first.
+
+    Rank 0 is the right answer, 1 a near miss, 2 another question's answer, 3 the wrong form (the right value in
+    rambling words, no answer, the other language). 12,000 rows of train, 600 of each held-out split, split as `load`.
+    """
+    check_split(split)
+    rng = random.Random(f"tasks_preferences {split} {seed}")
+    families = list(FAMILIES)
+    rows = []
+    for i in range(PREFERENCE_SIZES[split]):
+        family, language = families[i % len(families)], draw_language(rng)
+        instance = draw(family, split, rng)
+        row: Row = {
+            "prompt": [{"role": "user", "content": ask(instance, language, rng)}],
+            "task": family,
+            "language": language,
+            "answer": say(instance.answer, language),
+        }
+        row["completions"], row["ranks"] = rank(instance, row, rng)
+        rows.append(row)
+    rng.shuffle(rows)
+    return rows
+
+
+def rank(instance: Instance, row: Row, rng: random.Random) -> tuple[list[str], list[int]]:
+    """Completions of one prompt, best first, and their ranks: no two alike, only the first right."""
+    family, language, answer = row["task"], row["language"], row["answer"]
+    size = rng.randint(4, 6)
+    wrong_form = 1 if size == 4 else rng.randint(1, 2)
+    near = rng.randint(1, size - wrong_form - 2)
+    chosen: dict[str, tuple[str, int]] = {normal(answer): (answer, 0)}
+
+    def choose(text: str, its_rank: int) -> None:
+        chosen.setdefault(normal(text), (text, its_rank))
+
+    slips = [say(slip, language) for slip in instance.slips]
+    rng.shuffle(slips)
+    for slip in slips:
+        if len(chosen) < 1 + near:
+            choose(slip, NEAR)
+    while (
+        len(chosen) < size - wrong_form
+    ):  # another question's answer; of the same form, so that it could be this one's
+        other = FAMILIES[family](rng)
+        if other.form == instance.form:
+            choose(say(other.answer, language), RANDOM)
+    while len(chosen) < size:
+        choose(rambling(instance, row, rng), WRONG_FORM)
+    return [text for text, _ in chosen.values()], [its_rank for _, its_rank in chosen.values()]
+
+
+def rambling(instance: Instance, row: Row, rng: random.Random) -> str:
+    """An answer of the wrong form: the right value among other words, the other language's word, or none at all."""
+    language = row["language"]
+    other_language = say(instance.answer, "en" if language == "zh" else "zh")
+    if rng.random() < 0.2 and normal(other_language) != normal(row["answer"]):
+        return other_language
+    if rng.random() < 0.3:
+        return rng.choice(REFUSALS[language])
+    slip = say(rng.choice(instance.slips), language)
+    return rng.choice(RAMBLINGS[language]).format(answer=row["answer"], slip=slip, prompt=row["prompt"][0]["content"])
+
+
+# --------------------------------------------------------------------------------------------------- the checker
+
+# Full-width forms (１２，．) to ASCII. The other compatibility characters (², ①) mean something else, and stay.
 NARROW = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: " ", 0x3002: "."}
 COMMA = re.compile(r"\s*[,、]\s*")
 
 
 def normal(answer: str) -> str:
     """An answer without what does not matter: outer space, a trailing full stop, case, comma spacing, digit width."""
-    return COMMA.sub(", ", answer.translate(NARROW).strip().removesuffix(".").rstrip().lower())
+    return COMMA.sub(", ", answer.translate(NARROW).strip().removesuffix(".").lower())
 
 
 def check(row: Row, completion: str) -> bool:
