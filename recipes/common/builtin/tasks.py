@@ -168,7 +168,7 @@ def lookup(rng: random.Random) -> Instance:
         "costs": Word(", ".join(f"{thing.en} cost {cost}" for thing, cost in table), chinese),
     }
     if rng.random() < 0.5:
-        return Instance("price", key, fields, price, [*prices[1:], *number_slips(price)])
+        return Instance("price", key, fields, price, [*prices[1:] * 3, price - 1 or price + 2, price + 1])
     return Instance("priced", key, fields, item, goods[1:])
 
 
@@ -183,7 +183,7 @@ def compare(rng: random.Random) -> Instance:
 def position(rng: random.Random) -> Instance:
     items = rng.sample(rng.choice((THINGS, LETTERS)), rng.randint(3, 5))
     nth = rng.randrange(len(items))
-    slips = items[max(0, nth - 1) : nth + 2]
+    slips = [*items[max(0, nth - 1) : nth + 2], *items]  # the neighbours more often
     return Instance("position", (*names(items), nth), {"items": items, "nth": PLACES[nth]}, items[nth], slips)
 
 
@@ -323,7 +323,6 @@ def rank(instance: Instance, row: Row, rng: random.Random) -> tuple[list[str], l
     family, language, answer = row["task"], row["language"], row["answer"]
     size = rng.randint(4, 6)
     wrong_form = 1 if size == 4 else rng.randint(1, 2)
-    near = rng.randint(1, size - wrong_form - 2)
     chosen: dict[str, tuple[str, int]] = {normal(answer): (answer, 0)}
 
     def choose(text: str, its_rank: int) -> None:
@@ -332,14 +331,13 @@ def rank(instance: Instance, row: Row, rng: random.Random) -> tuple[list[str], l
     slips = [say(slip, language) for slip in instance.slips]
     rng.shuffle(slips)
     for slip in slips:
-        if len(chosen) < 1 + near:
+        if len(chosen) < size - wrong_form - 1:
             choose(slip, NEAR)
-    while (
-        len(chosen) < size - wrong_form
-    ):  # another question's answer; of the same form, so that it could be this one's
+    while len(chosen) < size - wrong_form:
         other = FAMILIES[family](rng)
-        if other.form == instance.form:
-            choose(say(other.answer, language), RANDOM)
+        text = say(other.answer, language)
+        if other.form == instance.form and text not in slips:  # of the form of an answer, and not near it
+            choose(text, RANDOM)
     while len(chosen) < size:
         choose(rambling(instance, row, rng), WRONG_FORM)
     return [text for text, _ in chosen.values()], [its_rank for _, its_rank in chosen.values()]
