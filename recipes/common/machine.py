@@ -136,7 +136,17 @@ def describe() -> dict[str, object]:
     import psutil
     import torch
 
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "deepspeed", "diffusers")
+    packages = (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+        "deepspeed",
+        "diffusers",
+    )
     versions = {}
     for package in packages:
         try:

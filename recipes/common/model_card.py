@@ -25,7 +25,9 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def model_card(run: RunFolder, summary: str, figures: dict[str, Any], config_yaml: str, environment: dict[str, Any]) -> str:
+def model_card(
+    run: RunFolder, summary: str, figures: dict[str, Any], config_yaml: str, environment: dict[str, Any]
+) -> str:
     """The card's Markdown. `summary` is the recipe's docstring."""
     title = summary.strip().split("\n")[0]
     parts = [f"# {run.recipe}: {title}", *run.paragraphs, "## Results", figures_table(figures)]
@@ -50,12 +52,28 @@ def how_to_load(run: RunFolder) -> str:
     lines = []
     if config.exists():
         architecture = (json.loads(config.read_text()).get("architectures") or ["AutoModel"])[0]
-        auto = {"ForCausalLM": "AutoModelForCausalLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
+        auto = {
+            "ForCausalLM": "AutoModelForCausalLM",
+            "ForSequenceClassification": "AutoModelForSequenceClassification",
+        }
         name = next((cls for end, cls in auto.items() if architecture.endswith(end)), "AutoModel")
-        lines = [f"from transformers import {name}, AutoTokenizer", "", f'model = {name}.from_pretrained("{run.path}/model")']
+        lines = [
+            f"from transformers import {name}, AutoTokenizer",
+            "",
+            f'model = {name}.from_pretrained("{run.path}/model")',
+        ]
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{run.path}/model")')
     elif (run.path / "model" / "tokenizer.json").exists():
-        lines = ["from transformers import AutoTokenizer", "", f'tokenizer = AutoTokenizer.from_pretrained("{run.path}/model")']
+        lines = [
+            "from transformers import AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{run.path}/model")',
+        ]
     if adapter.exists():
-        lines += ["", "from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base, "{run.path}/adapter")']
+        lines += [
+            "",
+            "from peft import PeftModel",
+            "",
+            f'model = PeftModel.from_pretrained(base, "{run.path}/adapter")',
+        ]
     return "## How to load it\n\n```python\n" + "\n".join(lines).strip() + "\n```" if lines else ""

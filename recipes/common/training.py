@@ -49,7 +49,9 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
     if given.get("fp16") and not machine.has_gpu():
         problems.append("training.fp16: true needs a GPU; leave it out: bf16 is used where the processor has it")
     if given.get("torch_compile") and not machine.can_compile().value:
-        problems.append(f"training.torch_compile: true, but {machine.can_compile().reason}; leave it out, or set it to false")
+        problems.append(
+            f"training.torch_compile: true, but {machine.can_compile().reason}; leave it out, or set it to false"
+        )
     if given.get("use_cpu") is False and not machine.has_gpu():
         problems.append("training.use_cpu: false, but torch sees no GPU; leave it out")
     if problems:
@@ -128,7 +130,11 @@ class StepReport:
         self.warm_step: int | None = None
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.peak = machine.peak_flops(dtype_name) * self.world_size
-        run.choose("peak", f"{self.peak / 1e12:.2f} TFLOP/s", f"measured {dtype_name} matrix product, {self.world_size} process(es)")
+        run.choose(
+            "peak",
+            f"{self.peak / 1e12:.2f} TFLOP/s",
+            f"measured {dtype_name} matrix product, {self.world_size} process(es)",
+        )
 
     def line(self, step: int, loss: float | None, tokens: int, **figures: Any) -> dict[str, Any]:
         """Report a step that was finished: `tokens` were processed since the last line, over all processes."""
@@ -181,7 +187,15 @@ class StepReport:
             }
 
 
-SHOWN = {"reward", "true_score", "kl", "entropy", "accuracy", "reward_accuracy", "mean_token_accuracy"}  # also on the line
+SHOWN = {
+    "reward",
+    "true_score",
+    "kl",
+    "entropy",
+    "accuracy",
+    "reward_accuracy",
+    "mean_token_accuracy",
+}  # also on the line
 
 
 def duration(seconds: float) -> str:
@@ -219,10 +233,23 @@ def compile_if_it_pays(model: nn.Module, run: RunFolder, seconds_left: float) ->
         return False
     saved = seconds_left * COMPILE_SAVES
     if saved < COMPILE_SECONDS:
-        run.choose("torch.compile", False, f"would save about {duration(saved)} of {duration(seconds_left)} and cost {COMPILE_SECONDS}s")
+        run.choose(
+            "torch.compile",
+            False,
+            f"would save about {duration(saved)} of {duration(seconds_left)} and cost {COMPILE_SECONDS}s",
+        )
         return False
-    run.choose("torch.compile", True, f"saves about {duration(saved)} of {duration(seconds_left)}, costs about {COMPILE_SECONDS}s")
-    model.compile()
+    run.choose(
+        "torch.compile",
+        True,
+        f"saves about {duration(saved)} of {duration(seconds_left)}, costs about {COMPILE_SECONDS}s",
+    )
+    import torch
+
+    if hasattr(model, "compiled_loss"):  # fused_loss.fuse_next_token_loss: only the training step is compiled
+        model.compiled_loss = torch.compile(model.compiled_loss)
+    else:
+        model.compile()
     return True
 
 
@@ -247,9 +274,19 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
             frame.report.finish()
+            trainer.model._compiled_call_impl = None  # what follows has other shapes: evaluation and generation run eagerly
         if frame.interrupted:
             raise Interrupted(f"{stop.reason}: checkpoint after step {trainer.state.global_step}")
     wait_for_everyone()
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps that `trainer.train()` will take."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    micro_batches = len(trainer.get_train_dataloader())
+    return math.ceil(micro_batches / args.gradient_accumulation_steps) * math.ceil(args.num_train_epochs)
 
 
 def _frame_callback() -> type:
@@ -279,7 +316,9 @@ def _frame_callback() -> type:
                 control.should_log = True  # the loss is looked at before it is saved
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            figures = {k: v for k, v in logs.items() if k not in ("epoch", "total_flos", "num_input_tokens_seen", "num_tokens")}
+            figures = {
+                k: v for k, v in logs.items() if k not in ("epoch", "total_flos", "num_input_tokens_seen", "num_tokens")
+            }
             if "loss" not in figures:
                 if any(k.startswith("eval_") for k in figures):
                     kept = {k: v for k, v in figures.items() if not k.endswith(("_runtime", "_per_second"))}
@@ -418,5 +457,3 @@ class Loop:
             for stale in older[: -int(self.args.save_total_limit or len(older))]:
                 shutil.rmtree(stale)
         self.accelerator.wait_for_everyone()
-
-

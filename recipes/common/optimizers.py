@@ -1,0 +1,70 @@
+"""Muon for the hidden matrices, AdamW for the rest, as one optimizer.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of every matrix:
+
+    O_t = NewtonSchulz(mu B_{t-1} + G_t),    W_t = W_{t-1} - lr O_t
+
+Embeddings, the output head, norms and biases are no matrices that map hidden to hidden: they take AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import AdamW, Muon, Optimizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class MuonWithAdamW(Optimizer):
+    """Two optimizers behind the interface of one, so that a Trainer, a scheduler and a checkpoint see a single optimizer."""
+
+    def __init__(self, muon: Muon, adamw: AdamW):
+        self.muon, self.adamw = muon, adamw
+        self.defaults: dict[str, Any] = {}
+        self._optimizer_step_pre_hooks: dict[int, Any] = {}
+        self._optimizer_step_post_hooks: dict[int, Any] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @property
+    def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]
+        return {**self.muon.state, **self.adamw.state}
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Both step; there is no closure to evaluate again."""
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+
+
+def muon_with_adamw(
+    model: nn.Module, *, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> MuonWithAdamW:
+    """Muon on every hidden 2-D weight, fused AdamW on embeddings, head, norms and biases. Each group keeps its own rate under
+    one schedule."""
+    tables = {id(t.weight) for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learned if p.ndim == 2 and id(p) not in tables]
+    rest = [p for p in learned if p.ndim != 2 or id(p) in tables]
+    decayed = [p for p in rest if p.ndim == 2]
+    plain = [p for p in rest if p.ndim != 2]
+    adamw = AdamW(
+        [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}], lr=learning_rate, betas=betas, fused=True
+    )
+    return MuonWithAdamW(Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)

@@ -1,0 +1,206 @@
+"""`run_recipe`: the one entry of every recipe. Config in, run folder out, exit codes kept.
+
+0 done · 2 the user's input is wrong (said on stderr, all of it, no traceback) · 130 interrupted, resumable. Anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes.common.config import Loaded, help_text, load_config, to_yaml
+from recipes.common.errors import DryRunDone, Interrupted, UserError
+from recipes.common.launch import check_world_size, environment_defaults, launcher_arguments
+from recipes.common.run_folder import RunFolder, open_folder, wait_for_everyone, write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def run_recipe(main: Callable[[Any, RunFolder], dict[str, Any]], config_class: type, argv: list[str] | None = None) -> int:
+    """Run a recipe from its command line. With `argv` (tests, the quickstart) gives the exit code; without, exits with it."""
+    code = _guarded(main, config_class, sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.stdout.flush()
+        sys.exit(code)
+    return code
+
+
+def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str]) -> int:
+    try:
+        _run(main, config_class, launcher_arguments(argv))
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except DryRunDone:
+        return 0
+    except Interrupted as stop:
+        print(f"interrupted: {stop}; go on with --run.resume true", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted outside of the training; what was checkpointed goes on with --run.resume true", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'the run folder'}: {error.strerror}; free space, or choose another --run.root", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        print(
+            "error: out of memory: lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps by the "
+            f"same factor, set training.gradient_checkpointing: true, or shard with LAUNCH=zero3 ({str(error).splitlines()[0][:160]})",
+            file=sys.stderr,
+        )
+        return 2
+    finally:
+        _leave_process_group()
+    return 0
+
+
+def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str]) -> None:
+    environment_defaults()
+    module = sys.modules[main.__module__]
+    script = Path(module.__file__ or "recipe.py").resolve()
+    recipe = script.stem
+    config_folder = ROOT / "configs" / script.parent.name / recipe
+    where: dict[str, Path] = {}
+
+    def library_defaults(section: str, section_class: type, given: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+        from transformers import TrainingArguments
+
+        if not issubclass(section_class, TrainingArguments):
+            return {}
+        from recipes.common.training import training_defaults
+
+        return training_defaults(where.get("run", Path("runs") / recipe) / "checkpoints", given)
+
+    loaded = load_config(
+        config_class, argv, config_folder=config_folder if config_folder.exists() else None, library_defaults=library_defaults
+    )
+    if loaded.help is not None:
+        shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+        print(help_text(config_class, module.__doc__ or "", str(shown), loaded.help or None))
+        return
+    run_values = loaded.values.get("run", {})
+    where["run"] = Path(str(run_values.get("root", "runs"))) / recipe / str(run_values.get("name", "default"))
+    if loaded.print_config:
+        print(loaded.print())
+        return
+    check_world_size()
+    started = time.perf_counter()
+    _check_run_name(run_values)
+    _set_threads(run_values.get("threads"))
+    config = loaded.build()
+    run = open_folder(
+        where["run"], recipe=recipe, fingerprint=saved_config(loaded), dry=loaded.dry_run, given=_dotted(loaded),
+        resume=bool(run_values.get("resume")), overwrite=bool(run_values.get("overwrite")),
+    )  # fmt: skip
+    _say_choices(run, config)
+    _seed(config)
+    figures = main(config, run)
+    if not run.dry:
+        _finish(run, module.__doc__ or "", figures, started)
+
+
+def saved_config(loaded: Loaded) -> str:
+    """The resolved config as YAML, without the two switches that say how to open the folder."""
+    values = {section: dict(v) if isinstance(v, dict) else v for section, v in loaded.values.items()}
+    for switch in ("resume", "overwrite"):
+        values.get("run", {}).pop(switch, None)
+    return to_yaml(values)
+
+
+def _dotted(loaded: Loaded) -> set[str]:
+    """`section.key` of everything that a file or the command line set."""
+    return {
+        f"{section}.{key}"
+        for section, values in loaded.values.items()
+        if isinstance(values, dict)
+        for key in values
+        if not loaded.origin(f"{section}.{key}").startswith(("default", "frame", "machine"))
+    }
+
+
+def _check_run_name(run_values: dict[str, Any]) -> None:
+    name = str(run_values.get("name", "default"))
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise UserError(f"run.name {name!r}: letters, digits, `_`, `-`, `+` and `.` only, since it is a folder's name")
+
+
+def _set_threads(asked: int | None) -> None:
+    from recipes.common.machine import choose_threads
+
+    threads = int(choose_threads(asked).value)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _say_choices(run: RunFolder, config: Any) -> None:
+    from recipes.common import machine
+
+    run.say(f"{run.recipe} -> {run.path}" + ("  (dry run)" if run.dry else ""))
+    threads = machine.choose_threads(config.run.threads)
+    run.choose("threads", threads.value, threads.reason)
+    if (training := getattr(config, "training", None)) is not None:
+        bf16 = machine.choose_bf16()
+        asked = {"training.bf16", "training.fp16"} & run.given
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+        run.choose("precision", precision, f"{asked.pop()} says so" if asked else bf16.reason)
+
+
+def _seed(config: Any) -> None:
+    training = getattr(config, "training", None)
+    seed = training.seed if training is not None else config.data.seed
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _finish(run: RunFolder, summary: str, figures: dict[str, Any], started: float) -> None:
+    """Final figures, model card and the table on the screen."""
+    from recipes.common import machine
+    from recipes.common.model_card import model_card, show
+
+    figures = {**run.figures, **figures}
+    figures["wall_seconds"] = round(time.perf_counter() - started, 1)
+    figures["peak_memory_gib"] = round(machine.peak_memory_gib(), 3)
+    if run.is_main:
+        environment = {**machine.describe(), "commit": _commit(), "choices": run.choices}
+        write_atomically(run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_atomically(run.path / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        config_yaml = (run.path / "config.yaml").read_text()
+        write_atomically(run.path / "README.md", model_card(run, summary, figures, config_yaml, environment))
+        width = max(map(len, figures))
+        run.say("\n".join(["", *(f"  {name:<{width}}  {show(value)}" for name, value in figures.items()), "", f"  {run.path}", ""]))
+    wait_for_everyone()
+
+
+def _commit() -> str | None:
+    """The commit of the code that ran, with a mark where files were changed since; None outside a git checkout."""
+    try:
+        told = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return told.stdout.strip() or None
+
+
+def _leave_process_group() -> None:
+    """Several processes leave together, so that none is reported as having vanished."""
+    if "torch" in sys.modules and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()

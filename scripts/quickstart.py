@@ -1,0 +1,205 @@
+"""From raw text to an aligned model you can chat with, offline: tokenizer, pretraining, SFT, reward model, PPO, report.
+
+    make quickstart                      # all of it; what is finished is kept, what was interrupted goes on
+    make quickstart ARGS=--fresh         # delete the five runs and start again
+
+Each stage is a recipe with its own laptop config, so each can be run alone (`make llama`). The report is
+runs/quickstart/README.md, the figures runs/quickstart/summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from recipes.common.launch import environment_defaults  # noqa: E402
+
+environment_defaults()
+
+from recipes.common.errors import UserError  # noqa: E402
+from recipes.common.recipe import run_recipe  # noqa: E402
+from recipes.common.run_folder import write_atomically  # noqa: E402
+from recipes.common.training import duration  # noqa: E402
+
+
+@dataclass
+class Stage:
+    """One recipe of the chain. `minutes`: what it took on 2 cores with AVX512-BF16, for the time left."""
+
+    recipe: str
+    chapter: str
+    title: str
+    minutes: float
+
+
+STAGES = [
+    Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3),
+    Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 6.5),
+    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.5),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 1.3),
+    Stage("ppo", "alignment", "PPO against the reward model", 2.4),
+]
+
+SUMMARY = {  # summary.json <- (recipe, figure of its metrics.json)
+    "tokenizer_bytes_per_token": ("tokenizer", "bytes_per_token"),
+    "pretrain_bits_per_byte": ("llama", "bits_per_byte"),
+    "xz_bits_per_byte": ("llama", "xz_bits_per_byte"),
+    "xz_primed_bits_per_byte": ("llama", "xz_primed_bits_per_byte"),
+    "base_exact_match": ("full", "baseline_exact_match"),
+    "sft_exact_match": ("full", "exact_match"),
+    "sft_sampled_exact_match": ("full", "sampled_exact_match"),
+    "reward_accuracy": ("reward_model", "reward_accuracy"),
+    "ppo_exact_match": ("ppo", "exact_match"),
+    "ppo_sampled_exact_match": ("ppo", "sampled_exact_match"),
+    "ppo_reward_before": ("ppo", "reward_before"),
+    "ppo_reward_after": ("ppo", "reward_after"),
+    "ppo_kl": ("ppo", "kl"),
+}
+
+
+def folder_of(root: Path, recipe: str) -> Path:
+    """Where a stage's run lives."""
+    return root / recipe / "default"
+
+
+def run_stage(stage: Stage, root: Path, extra: list[str]) -> None:
+    """Run one recipe in this process, resuming what was interrupted. Exits with the recipe's code if it is not 0."""
+    folder = folder_of(root, stage.recipe)
+    module = importlib.import_module(f"recipes.{stage.chapter}.{stage.recipe}")
+    resume = ["--run.resume", "true"] if (folder / "config.yaml").exists() else []
+    code = run_recipe(module.main, module.Config, ["--run.root", str(root), *resume, *extra])
+    if code != 0:
+        sys.exit(code)
+
+
+def figures(root: Path) -> dict[str, dict[str, Any]]:
+    """metrics.json of every stage."""
+    return {stage.recipe: json.loads((folder_of(root, stage.recipe) / "metrics.json").read_text()) for stage in STAGES}
+
+
+def summarise(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The flat summary. Raises UserError if a stage did not leave a figure that it should have."""
+    missing = [f"{recipe}: {name}" for recipe, name in SUMMARY.values() if name not in measured[recipe]]
+    if missing:
+        raise UserError([f"runs/{m.split(':')[0]}/default/metrics.json has no {m.split(': ')[1]}: run the stage again" for m in missing])
+    summary: dict[str, Any] = {key: measured[recipe][name] for key, (recipe, name) in SUMMARY.items()}
+    summary["wall_seconds"] = round(sum(m["wall_seconds"] for m in measured.values()), 1)
+    summary["peak_memory_gib"] = max(m["peak_memory_gib"] for m in measured.values())
+    return summary
+
+
+def answers_by_stage(root: Path) -> str:
+    """The same held-out questions put to the model after each stage: a Markdown table."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from recipes.common.builtin import BUILTINS
+    from recipes.common.builtin.tasks import check
+    from recipes.common.generation import generate
+
+    by_task: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in BUILTINS["tasks"].load("test", 0):
+        by_task.setdefault((row["task"], row["language"]), row)
+    rows = list(by_task.values())[:14]
+    told = {}
+    for name, recipe in (("pretrained", "llama"), ("SFT", "full"), ("PPO", "ppo")):
+        folder = folder_of(root, recipe) / "model"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        prompts = [row["messages"][:-1] for row in rows]
+        told[name] = generate(model, tokenizer, prompts, max_new_tokens=16, batch_size=32, temperature=None, seed=0)
+    lines = ["| question | right answer | " + " | ".join(told) + " |", "|---" * (2 + len(told)) + "|"]
+    for i, row in enumerate(rows):
+        cells = [row["messages"][0]["content"], row["answer"]]
+        cells += [("✓ " if check(row, answers[i]) else "✗ ") + (answers[i] or "(nothing)") for answers in told.values()]
+        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ⏎ ")[:80] for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def report(root: Path, summary: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
+    """runs/quickstart/README.md: what was done, what it reached, pictures, answers before and after."""
+    folder = root / "quickstart"
+    pictures = []
+    for stage in STAGES:
+        for plot in sorted((folder_of(root, stage.recipe) / "plots").glob("*.png")):
+            copy = folder / "plots" / f"{stage.recipe}-{plot.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plot, copy)
+            pictures.append(f"**{stage.recipe}: {plot.stem.replace('_', ' ')}**\n\n![{plot.stem}](plots/{copy.name})")
+    s = summary
+    speed = measured["llama"]
+    stages = [
+        "| stage | what it learned | figure | before / baseline |",
+        "|---|---|---|---|",
+        f"| tokenizer | byte-level BPE | {s['tokenizer_bytes_per_token']:.2f} bytes a token | 1 (raw bytes) |",
+        f"| pretraining | {speed['parameters']:,} parameters, {speed.get('tokens_per_second', 0):,.0f} tokens/s, "
+        f"MFU {speed.get('mfu', 0):.0%} | **{s['pretrain_bits_per_byte']:.3f}** bits a byte, held-out files | "
+        f"xz -9 {s['xz_bits_per_byte']:.2f}; after the training text {s['xz_primed_bits_per_byte']:.2f} |",
+        f"| SFT | answers on held-out tasks | **{s['sft_exact_match']:.1%}** exact (greedy), {s['sft_sampled_exact_match']:.1%} sampled | "
+        f"{s['base_exact_match']:.1%} |",
+        f"| reward model | which answer is better | **{s['reward_accuracy']:.1%}** of held-out pairs | 50% |",
+        f"| PPO | the learned reward, nothing else | **{s['ppo_sampled_exact_match']:.1%}** exact sampled, {s['ppo_exact_match']:.1%} greedy | "
+        f"{s['sft_sampled_exact_match']:.1%} sampled, {s['sft_exact_match']:.1%} greedy |",
+    ]
+    parts = [
+        "# Quickstart: from raw text to an aligned model",
+        f"{duration(s['wall_seconds'])} on this machine, {s['peak_memory_gib']:.1f} GiB at most. Talk to the result: `make chat`.",
+        "\n".join(stages),
+        f"PPO moved the learned reward from {s['ppo_reward_before']:.2f} to {s['ppo_reward_after']:.2f} at a KL of {s['ppo_kl']:.3f} nats "
+        "an answer from the SFT model. Exact match is the tasks' own checker, which PPO never saw.",
+        "## The same held-out questions after each stage",
+        answers_by_stage(root),
+        "## Pictures",
+        "\n\n".join(pictures),
+        "## Where everything is",
+        "\n".join(f"- {stage.title}: [{stage.recipe}](../{stage.recipe}/default/README.md)" for stage in STAGES),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    """Run the chain; gives the exit code."""
+    parser = argparse.ArgumentParser(description="From raw text to an aligned model, offline.")
+    parser.add_argument("--fresh", action="store_true", help="delete the chain's runs first")
+    parser.add_argument("--root", default="runs", help="folder of the runs")
+    options, extra = parser.parse_known_args(argv)
+    root = Path(options.root)
+    if options.fresh:
+        for stage in STAGES:
+            if (folder_of(root, stage.recipe) / "config.yaml").exists():
+                shutil.rmtree(folder_of(root, stage.recipe))
+    started = time.perf_counter()
+    for number, stage in enumerate(STAGES, 1):
+        left = sum(s.minutes for s in STAGES[number - 1 :])
+        head = f"[{number}/{len(STAGES)}] {stage.title}"
+        if (folder_of(root, stage.recipe) / "metrics.json").exists():
+            print(f"\n{head}: done before, kept", flush=True)
+            continue
+        print(f"\n{head} · {duration(time.perf_counter() - started)} so far · about {left:.0f} min left\n", flush=True)
+        run_stage(stage, root, extra)
+    measured = figures(root)
+    try:
+        summary = summarise(measured)
+    except UserError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    text = report(root, summary, measured)
+    write_atomically(root / "quickstart" / "README.md", text)
+    write_atomically(root / "quickstart" / "summary.json", json.dumps(summary, indent=2) + "\n")
+    width = max(map(len, summary))
+    print("\n".join(f"  {name:<{width}}  {value}" for name, value in summary.items()))
+    print(f"\n  report: {root / 'quickstart' / 'README.md'}\n  make chat talks to it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
