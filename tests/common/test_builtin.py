@@ -1,0 +1,520 @@
+"""The builtin sets: deterministic, disjoint, honest answers, and a checker that credits the answer and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from functools import cache
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+
+from recipes.common.builtin import BUILTINS, pydocs, pydocs_qa, tasks
+from recipes.common.builtin.split import SPLITS, split_of
+from recipes.common.builtin.wordings import PROMPTS
+from recipes.common.errors import UserError
+
+Row = dict[str, Any]
+
+
+@cache
+def rows(name: str, split: str) -> list[Row]:
+    return BUILTINS[name].load(split, 0)
+
+
+def prompt(row: Row) -> str:
+    return (row["messages"] if "messages" in row else row["prompt"])[0]["content"]
+
+
+# ------------------------------------------------------------------------------------------------------- all sets
+
+
+def test_importing_the_sets_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, recipes.common.builtin as b; print(*b.BUILTINS); "
+        "sys.exit(bool({'torch', 'datasets', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["pydocs", "pydocs_qa", "tasks", "tasks_preferences"])
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_a_seed_gives_the_same_rows_and_another_seed_others(name: str) -> None:
+    load = BUILTINS[name].load
+    assert load("validation", 0) == rows(name, "validation")
+    assert load("validation", 1) != rows(name, "validation")
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_an_unknown_split_is_the_users_error(name: str) -> None:
+    with pytest.raises(UserError, match="train, validation, test"):
+        BUILTINS[name].load("dev", 0)
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_rows_have_the_form_of_their_kind(name: str) -> None:
+    for row in rows(name, "validation"):
+        match BUILTINS[name].kind:
+            case "text":
+                assert isinstance(row["text"], str) and row["text"].strip()
+            case "conversation":
+                assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+                assert all(message["content"].strip() for message in row["messages"])
+            case "preference":
+                assert [message["role"] for message in row["prompt"]] == ["user"]
+                assert 4 <= len(row["completions"]) == len(row["ranks"]) <= 6
+                assert row["ranks"][0] == 0 < row["ranks"][1] and row["ranks"] == sorted(row["ranks"])
+
+
+def test_a_key_has_one_split_and_the_shares_are_as_asked() -> None:
+    shares = Counter(split_of(f"key {i}", 5) for i in range(20_000))
+    assert {split: round(shares[split] / 200) for split in SPLITS} == {"train": 90, "validation": 5, "test": 5}
+    assert split_of("add (17, 25)", 5) == "train"  # the same on every machine: held-out stays held out
+
+
+# --------------------------------------------------------------------------------------------------------- pydocs
+
+
+def test_pydocs_is_real_text_of_the_size_it_claims() -> None:
+    documents = dict(pydocs.documents())
+    assert 7e6 < sum(len(text.encode()) for text in documents.values()) < 16e6
+    for path in ("shutil.py", "json/decoder.py", "asyncio/events.py", "topics/compound", "topics/assignment"):
+        assert len(documents[path]) > 1_000, path
+    assert not any("\r" in text for text in documents.values())
+
+
+def test_pydocs_leaves_out_tests_tables_and_what_is_not_the_library() -> None:
+    paths = [path for path, _ in pydocs.documents()]
+    folders = {folder for path in paths for folder in path.split("/")[:-1]}
+    assert not folders & {"site-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+    assert not {"stringprep.py", "html/entities.py"} & set(paths)
+    assert not any("_sysconfigdata" in path for path in paths)
+    assert {"locale.py", "statistics.py", "stat.py"} <= set(paths)  # code with many numbers is still code
+
+
+def test_pydocs_splits_are_disjoint_by_path_and_by_text_and_complete() -> None:
+    splits = {split: {row["path"]: row["text"] for row in rows("pydocs", split)} for split in SPLITS}
+    for one, other in combinations(splits.values(), 2):
+        assert not one.keys() & other.keys()
+        assert not set(one.values()) & set(other.values())
+    assert sum(map(len, splits.values())) == len(pydocs.documents())
+    bytes_of = {split: sum(map(len, texts.values())) for split, texts in splits.items()}
+    assert bytes_of["train"] > 0.85 * sum(bytes_of.values())
+    assert min(bytes_of.values()) > 150_000  # enough to measure bits per byte on
+
+
+def test_held_out_pydocs_are_not_repeated_in_the_training_text() -> None:
+    def passages(texts: list[Row]) -> set[tuple[str, ...]]:
+        found = set()
+        for row in texts:
+            lines = [line for line in map(str.strip, row["text"].splitlines()) if len(line) > 12]
+            found.update(zip(lines, lines[1:], lines[2:], strict=False))
+        return found
+
+    train = passages(rows("pydocs", "train"))
+    for split in ("validation", "test"):
+        held_out = passages(rows("pydocs", split))
+        assert len(held_out & train) < 0.03 * len(held_out)
+
+
+def test_pydocs_loads_fast() -> None:
+    start = time.process_time()
+    pydocs.load("train", 0)
+    assert time.process_time() - start < 2
+
+
+def test_a_python_without_its_source_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "os.py").write_text("import sys\n")
+    monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"holds only [\d,]+ characters"):
+        pydocs.load("train", 0)
+
+
+def test_sources_normalise_line_ends_and_skip_what_they_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "dos.py").write_bytes("\ufeffx = 1\r\ny = 2\r\n\r\n".encode())
+    (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# Zürich\n".encode("latin-1"))
+    (tmp_path / "table.py").write_text("table = [" + "0x4e00, " * 2_000 + "]\n")
+    (tmp_path / "empty.py").write_text("\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "inner.py").write_text("pass\n")
+    assert list(pydocs.sources()) == [("dos.py", "x = 1\ny = 2\n")]
+
+
+# ------------------------------------------------------------------------------------------------------ pydocs_qa
+
+
+def test_questions_lie_in_the_split_of_their_file() -> None:
+    for split in SPLITS:
+        files = {row["path"] for row in rows("pydocs", split)}
+        assert {row["path"] for row in rows("pydocs_qa", split)} <= files
+
+
+def test_questions_are_many_and_spread() -> None:
+    train = rows("pydocs_qa", "train")
+    assert 2_000 < len(train) < 10_000
+    assert min(len(rows("pydocs_qa", split)) for split in ("validation", "test")) >= 80
+    assert len({prompt(row) for row in train}) == len(train)
+    assert max(Counter(row["path"] for row in train).values()) <= pydocs_qa.MOST_OF_A_FILE
+    assert len({row["path"] for row in train}) > 150
+    openings = Counter(" ".join(prompt(row).split()[:2]) for row in train)
+    assert max(openings.values()) < 0.4 * len(train)
+
+
+def test_answers_stand_in_the_file_they_name() -> None:
+    """Every word of an answer is in the file, and a sentence from a docstring is there as it is but for its markup."""
+
+    def plain(text: str) -> str:
+        for pattern, replacement in pydocs_qa.MARKUP:
+            text = pattern.sub(replacement, " ".join(text.split()))
+        return text
+
+    sources = {row["path"]: plain(row["text"]) for row in rows("pydocs", "validation")}
+    for row in rows("pydocs_qa", "validation"):
+        answer, source = row["messages"][1]["content"], sources[row["path"]]
+        assert len(answer) <= pydocs_qa.LONGEST
+        if answer.startswith("`") and prompt(row).count("`") == 2:  # a name or a list of parameters
+            if answer != f"`{row['name']}`":
+                assert all(f"{name.strip('`')}" in source for name in answer.split(", "))
+        else:
+            assert plain(answer).removesuffix(".") in source, row
+
+
+def test_a_docstring_becomes_the_questions_it_can_answer() -> None:
+    text = '''
+"""Ways to copy a thing."""
+
+def copy_thing(source, target, *, links=False):
+    """Put the first thing where the :class:`Second` is.
+
+    If links is true, *source* is not followed into target.
+    Returns the place as a string.  Raises ``KeyError`` if there is no such place.
+    """
+
+def _hidden(): """Nobody asks about what is private."""
+
+class Box:
+    """Holds the things of somebody."""
+    def size(self): """Return how many things are inside."""
+    def tbd(self): """XXX to be written, if ever."""
+'''
+    found = {thing.name: thing for thing in pydocs_qa.documented("things/__init__.py", text)}
+    assert {name: thing.kind for name, thing in found.items()} == {
+        "things": "module",
+        "things.copy_thing": "function",
+        "things.Box": "class",
+        "things.Box.size": "method",
+        "things.Box.tbd": "method",
+    }
+    summaries = {name: pydocs_qa.summary(thing) for name, thing in found.items()}
+    assert summaries == {
+        "things": "Ways to copy a thing.",
+        "things.copy_thing": "Put the first thing where the `Second` is.",
+        "things.Box": "Holds the things of somebody.",
+        "things.Box.size": "Return how many things are inside.",
+        "things.Box.tbd": "",
+    }
+    import random
+
+    pairs = {
+        pair
+        for seed in range(20)
+        for pair in pydocs_qa.ask(found["things.copy_thing"], summaries["things.copy_thing"], random.Random(seed))
+    }
+    assert {answer for _, answer in pairs} == {
+        "Put the first thing where the `Second` is.",
+        "`things.copy_thing`",
+        "`source`, `target`, `links`",
+        "Returns the place as a string.",
+        "Raises `KeyError` if there is no such place.",
+    }
+    assert ("When does `things.copy_thing` raise `KeyError`?", "Raises `KeyError` if there is no such place.") in pairs
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("tasks", tasks.SIZES), ("tasks_preferences", tasks.PREFERENCE_SIZES)])
+def test_sizes_families_and_languages_are_as_promised(name: str, sizes: dict[str, int]) -> None:
+    assert 8 <= len(tasks.FAMILIES) <= 12
+    for split in SPLITS:
+        drawn = rows(name, split)
+        assert len(drawn) == sizes[split]
+        families = Counter(row["task"] for row in drawn)
+        assert families.keys() == tasks.FAMILIES.keys()
+        assert max(families.values()) - min(families.values()) <= 1
+        assert abs(sum(row["language"] == "zh" for row in drawn) / len(drawn) - tasks.CHINESE) < 0.05
+        for row in drawn[:2_000]:
+            assert any("\u4e00" <= character <= "\u9fff" for character in prompt(row)) == (row["language"] == "zh")
+
+
+def test_prompts_and_answers_are_short_and_seldom_repeated() -> None:
+    train = rows("tasks", "train")
+    assert max(len(prompt(row).split()) for row in train) <= 25
+    assert max(len(prompt(row)) for row in train) < 100
+    assert max(len(row["answer"]) for row in train) < 40
+    assert len({prompt(row) for row in train}) > 0.85 * len(train)
+
+
+def instances(monkeypatch: pytest.MonkeyPatch, load: Any, split: str) -> set[str]:
+    """The instances that a set asks about: every one it draws and keeps."""
+    drawn: set[str] = set()
+    draw = tasks.draw
+
+    def note(family: str, *rest: Any) -> tasks.Instance:
+        instance = draw(family, *rest)
+        drawn.add(f"{family} {instance.key}")
+        return instance
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "draw", note)
+        load(split, 7)
+    return drawn
+
+
+def test_no_instance_is_in_two_splits_of_either_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {
+        split: instances(monkeypatch, tasks.load, split) | instances(monkeypatch, tasks.load_preferences, split)
+        for split in SPLITS
+    }
+    for one, other in combinations(SPLITS, 2):
+        assert not asked[one] & asked[other]
+    for family in tasks.FAMILIES:  # even a family of few instances holds some out
+        held_out = [key for key in asked["validation"] if key.startswith(f"{family} ")]
+        assert len(held_out) >= 6, family
+
+
+def test_no_prompt_of_one_split_is_asked_in_another() -> None:
+    """The same from the outside, with the order of lists and numbers that the instance forgets put back."""
+    prompts = {
+        split: {prompt(row) for name in ("tasks", "tasks_preferences") for row in rows(name, split)} for split in SPLITS
+    }
+    for one, other in combinations(SPLITS, 2):
+        assert not prompts[one] & prompts[other]
+
+
+def test_the_same_question_in_other_words_is_the_same_instance() -> None:
+    import random
+
+    rng = random.Random(0)
+    keys: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for _ in range(4_000):
+        instance = tasks.add(rng)
+        numbers = sorted((instance.fields["a"], instance.fields["b"]))  # type: ignore[type-var]
+        keys[tuple(numbers)].add(str(instance.key))
+    assert all(len(found) == 1 for found in keys.values())
+    assert len({next(iter(found)) for found in keys.values()}) == len(keys)
+
+
+def test_the_most_common_answer_of_a_family_is_no_good_answer() -> None:
+    train, validation = defaultdict(Counter), defaultdict(list)
+    for row in rows("tasks", "train"):
+        train[row["task"]][tasks.normal(row["answer"])] += 1
+    for row in rows("tasks", "validation"):
+        validation[row["task"]].append(row)
+    for family, held_out in validation.items():
+        ((most_common, _),) = train[family].most_common(1)
+        right = sum(tasks.check(row, most_common) for row in held_out)
+        assert right < 0.25 * len(held_out), family
+
+
+COMPUTED = ("add", "subtract", "multiply", "count", "weekday", "date", "sort", "reverse")
+
+
+def test_what_must_be_computed_does_not_stand_in_the_prompt() -> None:
+    import re
+
+    for split in SPLITS:
+        for row in rows("tasks", split):
+            if row["task"] in COMPUTED:
+                answer = re.escape(row["answer"])
+                assert not re.search(rf"(?<![0-9A-Za-z十]){answer}(?![0-9A-Za-z])", prompt(row)), row
+
+
+def evaluate(row: Row) -> str:
+    """The answer worked out from the prompt's words alone, for the families where that is a line."""
+    import re
+
+    found = [int(digits) for digits in re.findall(r"\d+", prompt(row))]
+    match row["task"]:
+        case "add":
+            return str(sum(found))
+        case "subtract":
+            return str(abs(found[0] - found[1]))
+        case "multiply":
+            return str(found[0] * found[1])
+        case "extreme":
+            largest = re.search("largest|maximum|biggest|最大", prompt(row))
+            return str(max(found) if largest else min(found))
+        case "sort" if found:
+            down = re.search("large to small|descend|decreas|从大到小|降序", prompt(row))
+            ordered = sorted(found, reverse=bool(down))
+            return ("、" if row["language"] == "zh" else ", ").join(map(str, ordered))
+        case "compare":
+            people = re.findall(r"(?!Who)[A-Z][a-z]+(?= (?:is|has|scored|at)\b)|小.", prompt(row))
+            lower = re.search("younger|年纪小|更小|年轻", prompt(row))
+            if row["language"] == "zh" and "还是" in prompt(row):
+                people = re.findall("岁的(小.)", prompt(row))
+            first = (found[0] > found[1]) != bool(lower)
+            return people[0] if first else people[1]
+    return row["answer"]
+
+
+def test_answers_agree_with_the_words_of_the_prompt() -> None:
+    """Worked out anew from the text, so that a wording that says another thing than the instance is found."""
+    for row in rows("tasks", "train"):
+        assert evaluate(row) == row["answer"], row
+
+
+def test_every_wording_is_used_in_every_form() -> None:
+    seen = {" ".join(prompt(row).split()[:2]) for row in rows("tasks", "train")}
+    assert len(seen) > 100
+    for form, wordings in PROMPTS.items():
+        assert wordings.keys() == {"en", "zh"}, form
+        assert min(len(set(choices)) for choices in wordings.values()) >= 2, form
+
+
+def test_tasks_load_fast() -> None:
+    start = time.process_time()
+    tasks.load("train", 3)
+    assert time.process_time() - start < 3  # 0.6 s on an idle core
+
+
+# --------------------------------------------------------------------------------------------------------- check
+
+
+def test_every_rows_own_answer_passes() -> None:
+    for split in SPLITS:
+        for row in rows("tasks", split):
+            assert tasks.check(row, row["messages"][1]["content"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "right"),
+    [
+        ("12", "12", True),
+        ("12", " 12\n", True),
+        ("12", "12.", True),
+        ("12", "12。", True),
+        ("12", "１２", True),
+        ("12", "１２．", True),
+        ("12", "\u300012", True),
+        ("12", "12..", False),
+        ("12", ".12", False),
+        ("12", "12 or 13", False),
+        ("12", "12, 13", False),
+        ("12", "12 12", False),
+        ("12", "The answer is 12.", False),
+        ("12", "答案是12", False),
+        ("12", "1 2", False),
+        ("12", "21", False),
+        ("12", "120", False),
+        ("12", "012", False),
+        ("12", "-12", False),
+        ("12", "12.0", False),
+        ("12", "1²", False),
+        ("12", "⑫", False),
+        ("12", "", False),
+        ("12", ".", False),
+        ("12", "twelve", False),
+        ("3, 5, 9", "3, 5, 9", True),
+        ("3, 5, 9", "3,5,9", True),
+        ("3, 5, 9", "3 , 5 ,9.", True),
+        ("3, 5, 9", "3，5，9", True),
+        ("3, 5, 9", "3、5、9", True),
+        ("3、5、9", "3, 5, 9", True),
+        ("3, 5, 9", "3 5 9", False),
+        ("3, 5, 9", "359", False),
+        ("3, 5, 9", "3, 9, 5", False),
+        ("3, 5, 9", "3, 5", False),
+        ("3, 5, 9", "3, 5, 9, 9", False),
+        ("3, 5, 9", "3, 5, 9,", False),
+        ("3, 5, 9", "3, 5, and 9", False),
+        ("3, 5, 9", "[3, 5, 9]", False),
+        ("Friday", "friday", True),
+        ("Friday", "FRIDAY.", True),
+        ("Friday", "Fri", False),
+        ("Friday", "Fridays", False),
+        ("Friday", "星期五", False),
+        ("Friday", "on Friday", False),
+        ("Friday", "Friday or Saturday", False),
+        ("星期五", "星期五", True),
+        ("星期五", "星期五。", True),
+        ("星期五", "星期", False),
+        ("星期五", "是星期五", False),
+        ("星期五", "Friday", False),
+        ("March 5", "march 5", True),
+        ("March 5", "March  5", False),
+        ("March 5", "March 15", False),
+        ("3月5日", "３月５日", True),
+        ("3月5日", "3月15日", False),
+        ("cat, dog", "Cat, Dog", True),
+        ("cat, dog", "dog, cat", False),
+    ],
+)
+def test_check(answer: str, completion: str, right: bool) -> None:
+    assert tasks.check({"answer": answer}, completion) is right
+
+
+def test_check_refuses_other_rows_answers_and_answers_in_other_words() -> None:
+    drawn = rows("tasks", "validation")
+    for row, other in pairwise(drawn):
+        answer = row["answer"]
+        if tasks.normal(other["answer"]) != tasks.normal(answer):
+            assert not tasks.check(row, other["answer"])
+        wrong = (f"{answer} {answer}", f"It is {answer}", f"{answer}, {answer}", answer[:-1], answer + "1", prompt(row))
+        for completion in wrong:
+            assert not tasks.check(row, completion), (row, completion)
+
+
+# --------------------------------------------------------------------------------------------------- preferences
+
+
+def test_only_the_best_completion_is_right_and_no_two_are_alike() -> None:
+    for split in SPLITS:
+        for row in rows("tasks_preferences", split):
+            right = [tasks.check(row, completion) for completion in row["completions"]]
+            assert right == [True] + [False] * (len(right) - 1), row
+            assert len({tasks.normal(completion) for completion in row["completions"]}) == len(right), row
+            assert {0, tasks.NEAR, tasks.RANDOM, tasks.WRONG_FORM} == set(row["ranks"]), row
+
+
+def test_every_size_from_four_to_six_is_common() -> None:
+    sizes = Counter(len(row["completions"]) for row in rows("tasks_preferences", "train"))
+    assert sizes.keys() == {4, 5, 6}
+    assert min(sizes.values()) > 3_000
+
+
+def test_length_does_not_tell_the_right_answer_from_a_near_miss() -> None:
+    pairs = [
+        (row["answer"], completion)
+        for row in rows("tasks_preferences", "train")
+        for completion, rank in zip(row["completions"], row["ranks"], strict=True)
+        if rank == tasks.NEAR
+    ]
+    assert len(pairs) > 12_000
+    shortest = sum(len(right) < len(wrong) for right, wrong in pairs) / len(pairs)
+    longest = sum(len(right) > len(wrong) for right, wrong in pairs) / len(pairs)
+    assert max(shortest, longest) < 0.25  # most pairs tie
+    assert abs(shortest - longest) < 0.03  # and guessing among the ties is guessing: under 0.52 either way
+
+
+def test_near_misses_are_near() -> None:
+    import re
+
+    for row in rows("tasks_preferences", "validation"):
+        for completion, rank in zip(row["completions"], row["ranks"], strict=True):
+            if rank == tasks.NEAR and row["task"] in ("add", "subtract", "multiply", "count", "extreme"):
+                assert re.fullmatch(r"\d+", completion), row
+            if rank == tasks.NEAR and row["task"] in ("sort", "reverse"):
+                items = set(re.split("[,、] ?", row["answer"]))
+                assert set(re.split("[,、] ?", completion)) <= items, row
+            if rank == tasks.NEAR and row["task"] in ("position", "compare", "lookup") and not completion.isdigit():
+                assert completion.lower() in prompt(row).lower(), row
+            if rank == tasks.WRONG_FORM:
+                assert completion.strip()
