@@ -1,4 +1,4 @@
-"""The mathematics of learning from human feedback, as pure functions: rankings, log-probabilities, KL, advantages, losses.
+"""The mathematics of learning from human feedback as pure functions: rankings, log-probabilities, KL, GAE, losses.
 
 Papers, by the name used below:
   InstructGPT  Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
@@ -13,11 +13,17 @@ Shapes: B sequences of P prompt tokens (padded on the left) and R response token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from recipes.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes; the identity when there is one
 
@@ -97,7 +103,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift: bool = True, reduce: Reduce | None
 
 
 def explained_variance(predicted: Tensor, target: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """1 - Var(target - predicted) / Var(target): 1 is a perfect critic, 0 no better than a constant, below 0 harmful."""
+    """1 - Var(target - predicted) / Var(target): 1 is a perfect critic, 0 no better than a constant, below 0 worse."""
     error = target - predicted
     mean_error, mean_target = masked_mean(error, mask, reduce), masked_mean(target, mask, reduce)
     unexplained = masked_mean((error - mean_error) ** 2, mask, reduce)
@@ -178,10 +184,133 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2): moved by over eps, a critic only learns to go back.
+    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2): moved by over eps, V only learns to go back.
 
     All [B, R] -> (loss a token, whether the clipped branch was taken). From OpenAI's baselines; not in the PPO paper.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     free_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     return 0.5 * torch.maximum(free_error, clipped_error), (clipped_error > free_error).float()
+
+
+# ---------------------------------------------------------------- models
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """A prompt as policy and reward model see it: the chat template up to where the assistant is to answer."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def pad(sequences: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
+    """Ragged ids -> input_ids and attention_mask [B, L], L the longest, padded on the "left" or "right"."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), fill)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states [B, L, H] of a sequence-classification model's backbone, right under either padding."""
+    backbone = getattr(model, model.base_model_prefix)
+    return backbone(
+        input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+    ).last_hidden_state
+
+
+def score_head(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The scalar head in fp32 whatever the autocast: [..., H] -> [...]. bf16 would round a score of 4 to 1/32."""
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), model.score.weight.float()).squeeze(-1)
+
+
+def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The reward model's score of each sequence, read at its last real token: [B, L] -> [B] in fp32.
+
+    The number that `model(input_ids, attention_mask).logits` gives, except that real tokens are known by the mask (not by
+    being other than the pad token), and that the head is not rounded to bf16.
+    """
+    states = backbone_states(model, input_ids, attention_mask)
+    return score_head(model, states[torch.arange(len(states), device=states.device), last_real_token(attention_mask)])
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: the log-probability of a token must not depend on when it is computed."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama and its kin call the functional form
+            module.attention_dropout = 0.0
+
+
+def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where padding and the end of an answer are the same token."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"the tokenizer pads with its stop token {tokenizer.eos_token!r}: a score is read at the last token that "
+            "is not padding, so the stop would go unread. Give a model.tokenizer that has a pad token of its own"
+        )
+
+
+def response_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_length: int, **options: Any
+) -> Any:
+    """A causal model's output with logits at the response only: [B, P+R] -> logits [B, R, V].
+
+    The logits at position t are for token t+1: those of the R response tokens stand at P-1 .. P+R-2. So the last token is
+    not fed at all, and the P-1 first positions, most of a short answer's sequence, never reach the vocabulary matrix.
+    """
+    ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask),
+        logits_to_keep=input_ids.shape[1] - prompt_length,
+        use_cache=False,
+        **options,
+    )
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic as one module, so that one optimizer, one DDP wrapper or ZeRO engine, and one forward hold both.
+
+    The critic is a model of its own, started from the reward model (InstructGPT), or a linear head on the policy's last
+    hidden states, started at 0. Its values are in the units of the normalised reward: `mean` and `std` are the reward
+    model's, so that a critic started from it predicts that reward from the first step.
+    """
+
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, mean: float = 0.0, std: float = 1.0):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.mean, self.std = mean, std
+        self.head = None
+        if critic is None:
+            self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> Any:
+        """The policy's; DeepSpeed and our preflight look for it."""
+        return self.policy.config
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, prompt_length: int, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, P+R] -> log pi(response token) [B, R], the critic's value before each of them [B, R], entropy [B, R] or None."""
+        out = response_logits(
+            self.policy, input_ids, attention_mask, prompt_length, output_hidden_states=self.critic is None
+        )
+        logprobs = token_logprobs(out.logits, input_ids[:, prompt_length:])
+        entropy = token_entropy(out.logits) if with_entropy else None
+        if self.critic is None:
+            states = out.hidden_states[-1][:, prompt_length - 1 :]  # [B, R, H]
+            with torch.autocast(states.device.type, enabled=False):
+                values = self.head(states.float()).squeeze(-1)
+        else:
+            states = backbone_states(self.critic, input_ids[:, :-1], attention_mask[:, :-1])[:, prompt_length - 1 :]
+            values = (score_head(self.critic, states) - self.mean) / self.std
+        return logprobs, values, entropy
