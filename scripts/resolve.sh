@@ -1,6 +1,9 @@
 # Sourced by the launch files beside it, in the repository's root: RECIPE CONFIG LAUNCH -> $script, $config, ${settings[@]}.
 # shellcheck shell=bash
 
+# A launcher that is told to stop waits this long for its processes, which write a checkpoint first.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+
 fail() {
     echo "error: $*" >&2
     exit 2

@@ -54,6 +54,7 @@ trap 'stop 130' INT TERM
 
 for rank in "${!hosts[@]}"; do
     ssh -o BatchMode=yes "${hosts[rank]}" "echo \$\$ >$run-$rank && cd ${PWD@Q} && \
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT && \
         export OMP_NUM_THREADS=\$(( \$(nproc) / $slots > 0 ? \$(nproc) / $slots : 1 )) && \
         exec ${launcher[*]@Q} --machine_rank $rank $script --config ${config@Q} ${*@Q}" &
     clients+=($!)

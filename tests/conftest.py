@@ -106,8 +106,9 @@ def run_in_process(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., 
 
 @pytest.fixture(scope="session")
 def clean_environment() -> dict[str, str]:
-    """An environment for a subprocess: this one, less what pytest and its workers put there."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    """An environment for a subprocess: this one, less what pytest, its workers and the `make` above them put there."""
+    made = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "CONFIG", "LAUNCH", "NPROC", "ARGS", "MODEL", "PYTHON"}
+    return {name: value for name, value in os.environ.items() if name not in made and not name.startswith("PYTEST_")}
 
 
 @pytest.fixture

@@ -447,7 +447,7 @@ def test_accelerate_configuration(name: str, monkeypatch: pytest.MonkeyPatch, tm
     asked = as_accelerate_reads(name, monkeypatch, tmp_path, "--num_processes", "6", "--num_machines", "3")
     assert (asked.num_processes, asked.num_machines) == (6, 3)
     assert (asked.use_fsdp, asked.use_deepspeed) == (name == "fsdp", kind == "DEEPSPEED")
-    # accelerate takes these from the command line only, and says nothing when a file has them; mixed_precision would win
+    # accelerate takes these from the command line only and says nothing when a file has them; mixed_precision would win
     # over training.bf16: false.
     ignored = {"rdzv_backend", "same_network", "enable_cpu_affinity", "mixed_precision"}
     assert not ignored & set(yaml.safe_load(file.read_text()))
