@@ -1,0 +1,247 @@
+"""Supervised fine-tuning, what its recipes share: the trainer, its loss on a processor, and the before and after."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.generation import exact_match, generate, inference, is_checkable, prompt_of
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Evaluation
+from recipes.common.sft_packing import IGNORED, PackedRows
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from matplotlib.axes import Axes
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+SHOWN = 8  # questions that cannot be checked, of which the answers are kept in samples/
+LONG_ANSWER = 96  # tokens of those answers
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, Dataset],
+    args: SFTConfig,
+    peft_config: PeftConfig | None = None,
+) -> SFTTrainer:
+    """TRL's SFTTrainer on the rows of `prepare`; with PackedRows, and with our loss where TRL's kernel cannot run."""
+    from trl import SFTTrainer
+
+    args = copy.copy(args)
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args.assistant_only_loss, args.eos_token = False, None  # done by `prepare`; TRL would look for messages again
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("validation"),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    if args.packing:
+        assert args.max_length is not None
+        pad = trainer.data_collator.pad_token_id
+        trainer.data_collator = PackedRows(pad, args.max_length, args.per_device_train_batch_size)
+    score_only_answers(trainer)
+    return trainer
+
+
+def score_only_answers(trainer: SFTTrainer) -> None:
+    """On a processor, project only the tokens that are learned onto the vocabulary.
+
+    TRL's fused head is a Triton kernel. Where that cannot run, its fallback scores every token, prompts included, in
+    float32, vocabulary slice by slice: more than half of a step's time for a small model. Models that scale or cap
+    their logits keep TRL's way.
+    """
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    config = base.config.get_text_config()
+    reshaping = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    reshaped = any(getattr(config, name, None) not in (None, 1.0) for name in reshaping)
+    if trainer.args.device.type != "cpu" or reshaped or getattr(config, "output_router_logits", False):
+        return
+    fused_forward = base.forward
+
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or kwargs.get("labels") is None:
+            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        labels = kwargs.pop("labels")
+        kwargs.pop("num_items_in_batch", None)
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        return _score(hidden, labels, self.get_output_embeddings())
+
+    forward.__wrapped__ = fused_forward  # type: ignore[attr-defined]  # generate() reads the signature
+    base.forward = MethodType(forward, base)
+
+
+def _score(hidden: torch.Tensor, labels: torch.Tensor, head: torch.nn.Module) -> Any:
+    """Log-probability of each learned token: hidden [batch, length, width], labels [batch, length] -> TRL's output."""
+    import torch
+
+    return torch.compiler.disable(_score_eagerly)(hidden, labels, head)
+
+
+def _score_eagerly(hidden: torch.Tensor, labels: torch.Tensor, head: torch.nn.Module) -> Any:
+    # not compiled: how many tokens are learned differs from batch to batch
+    import torch
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
+    mask = labels != IGNORED
+    logits = head(hidden[mask]).float()  # [learned, vocabulary]
+    log_p = logits.log_softmax(-1)
+    learned = log_p.gather(-1, labels[mask][:, None])[:, 0]
+    with torch.no_grad():
+        top1 = log_p.argmax(-1) == labels[mask]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    log_probs = logits.new_zeros(mask.shape).masked_scatter(mask, learned)
+    return FusedCausalLMOutput(
+        loss=-learned.sum() / mask.sum().clamp(min=1),
+        log_probs=log_probs,
+        entropy=torch.zeros_like(log_probs).masked_scatter(mask, entropy),
+        is_top1=torch.zeros_like(mask).masked_scatter(mask, top1),
+        label_mask=mask,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- before and after
+
+
+def held_out_loss(trainer: SFTTrainer) -> float:
+    """Mean cross-entropy (nats a token) over all learned tokens of the held-out rows, on all processes together.
+
+    `trainer.evaluate()` averages the batches' means instead: a batch with few answers weighs as much as a full one.
+    """
+    import torch
+
+    total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+    with inference(trainer.model, bf16=trainer.args.bf16):
+        for batch in trainer.get_eval_dataloader():
+            out = trainer.model(**trainer._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+            total += torch.stack([-out.log_probs.double().sum(), out.label_mask.double().sum()])
+    total = trainer.accelerator.reduce(total)
+    return round(float(total[0] / total[1].clamp(min=1)), 4)
+
+
+@dataclass
+class Measured:
+    """What a model can do: the held-out loss, flat figures of exact match (none without rows to check), the answers."""
+
+    loss: float
+    figures: dict[str, float]
+    answers: list[dict[str, Any]]
+
+
+def measure(
+    trainer: SFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    evaluation: Evaluation,
+    run: RunFolder,
+    when: str,
+) -> Measured:
+    """Held-out loss, exact match on the rows that can be checked, and a few answers to the others.
+
+    Where no process holds the whole model, only the loss: to write, each would wait for all others at each token.
+    """
+    if sharded(trainer):
+        loss = round(trainer.evaluate()["eval_loss"], 4)
+        run.say(f"{when}: held-out loss {loss:.4f}; the model is sharded, so its answers are not looked at here")
+        return Measured(loss, {}, [])
+    loss = held_out_loss(trainer)
+    checkable: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for row in rows:
+        (checkable if is_checkable(row) else others).append(row)
+        if len(checkable) >= evaluation.max_samples and len(others) >= SHOWN:
+            break
+    model, bf16 = trainer.model, trainer.args.bf16
+    figures: dict[str, float] = {}
+    answers: list[dict[str, Any]] = []
+    if checkable:
+        figures = exact_match(model, tokenizer, checkable, evaluation, seed=trainer.args.seed, bf16=bf16)
+        answers = figures.pop("answers")  # type: ignore[assignment]
+    if others:
+        prompts = [prompt_of(row) for row in others[:SHOWN]]
+        written = generate(model, tokenizer, prompts, max_new_tokens=LONG_ANSWER, bf16=bf16)
+        answers += [
+            {"prompt": prompt[-1]["content"], "expected": row["messages"][-1]["content"], "greedy": text}
+            for prompt, row, text in zip(prompts, others, written, strict=False)
+        ]
+    matched = f", exact match {figures['exact_match']:.1%}" if figures else ""
+    sampled = f", sampled {figures['sampled_exact_match']:.1%}" if figures else ""
+    run.say(f"{when}: held-out loss {loss:.4f}{matched}{sampled}")
+    return Measured(loss, figures, answers)
+
+
+def report(run: RunFolder, before: Measured, after: Measured) -> dict[str, float]:
+    """Plots and samples of the two; gives the flat figures: eval_loss, exact_match, ..., and baseline_* from before."""
+    run.plot_curve("loss", "loss", label="training loss, nats a learned token")
+    tasks = sorted(key for key in after.figures if key.startswith("exact_match_"))
+    if tasks:
+        run.plot("exact_match_by_task", lambda axes: _bars(axes, tasks, before, after))
+    run.sample("answers.md", side_by_side(before, after))
+    baseline = {
+        f"baseline_{key}": value
+        for key, value in before.figures.items()
+        if key in ("exact_match", "sampled_exact_match")
+    }
+    return {"eval_loss": after.loss, "baseline_loss": before.loss, **after.figures, **baseline}
+
+
+def _bars(axes: Axes, tasks: list[str], before: Measured, after: Measured) -> None:
+    names = [task.removeprefix("exact_match_").replace("_", " ") for task in tasks]
+    places = range(len(tasks))
+    axes.bar([p - 0.2 for p in places], [before.figures[task] for task in tasks], 0.4, label="before", color="0.7")
+    axes.bar([p + 0.2 for p in places], [after.figures[task] for task in tasks], 0.4, label="after")
+    axes.set_xticks(list(places), names, rotation=40, ha="right")
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("held-out questions answered exactly right")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def side_by_side(before: Measured, after: Measured) -> str:
+    """A Markdown table of some answers, before and after: three of each task, and those that nobody can check."""
+    shown: list[int] = []
+    seen: dict[str, int] = {}
+    for i, answer in enumerate(after.answers):
+        task = answer.get("task")
+        seen[task or ""] = seen.get(task or "", 0) + 1
+        if task is None or seen[task] <= 3:
+            shown.append(i)
+    shown.sort(key=lambda i: after.answers[i].get("task") or "~")
+    lines = ["| task | question | expected | before | after |  |", "|---|---|---|---|---|---|"]
+    for i in shown:
+        now, then = after.answers[i], before.answers[i]
+        mark = {True: "right", False: "wrong", None: ""}[now.get("right")]
+        cells = [now.get("task") or "", now["prompt"], now["expected"], then["greedy"], now["greedy"], mark]
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a Markdown table: on one line, shortened, nothing in it that Markdown would act on."""
+    text = text.replace("|", "\\|").replace("<", "&lt;").replace("\r", "").replace("\n", "⏎")
+    return text if len(text) <= 240 else text[:237] + "..."
+
+
+def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
+    """The model to model/, gathered from all devices where it is sharded."""
+    if sharded(trainer):
+        trainer.save_model(str(run.path / "model"))  # gathers; every process takes part
+        if run.is_main:
+            tokenizer.save_pretrained(run.path / "model")
+    else:
+        run.save_model(trainer.model, tokenizer)
+
+
+def sharded(trainer: SFTTrainer) -> bool:
+    """Whether no process holds the whole model (ZeRO stage 3, FSDP)."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)

@@ -1,0 +1,69 @@
+"""Full fine-tuning: teach a pretrained model to answer, with every weight free to move.
+
+    loss = - 1/|A| sum_{t in A} log p(x_t | x_<t)      A: the assistant's tokens, each answer's stop token included
+
+Only the assistant's words are learned; the questions are read, not imitated. Several conversations share a row of fixed
+length, and none of them sees another (recipes/common/sft_packing.py).
+
+Wei et al. 2021, https://arxiv.org/abs/2109.01652; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
+
+    make full                                       # laptop, offline, 3 minutes, from what `make llama` made
+    make full CONFIG=gpu                            # one GPU, a public model and instruction set
+    make full CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node; scripts/ has SLURM
+
+Laptop result: RESULTS.md#full. The model goes on in `make reward_model` and `make ppo`; `make chat` talks to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.config import Section, defaults
+from recipes.common.recipe import run_recipe
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Data, Evaluation, Model, Run
+
+if TYPE_CHECKING:
+    import trl
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Sections of this recipe; what trl.SFTConfig leaves off by default and this topic is about is on."""
+
+    model: Model
+    data: Data
+    training: Section[trl.SFTConfig] = field(default_factory=defaults(assistant_only_loss=True, packing=True))
+    evaluation: Evaluation
+    run: Run
+
+
+def main(config: Config, run: RunFolder) -> dict[str, Any]:
+    """Model, conversations, rows of tokens; measure, train, measure again, save."""
+    from recipes.common import sft
+    from recipes.common.data import load_data
+    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.preflight import preflight
+    from recipes.common.sft_packing import prepare
+    from recipes.common.training import fit, total_steps
+
+    tokenizer = load_tokenizer(config.model, run, chat=True)
+    model = load_model(config.model, tokenizer, run)
+    conversations = load_data(config.data, "conversation")
+    rows = prepare(conversations, tokenizer, model, config.training, run)
+    trainer = sft.make_trainer(model, tokenizer, rows, config.training)
+    preflight(
+        run, model, next(iter(trainer.get_train_dataloader())), args=trainer.args, total_steps=total_steps(trainer)
+    )
+
+    before = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "before")
+    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    after = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "after")
+
+    sft.save(trainer, tokenizer, run)
+    return sft.report(run, before, after)
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
