@@ -12,7 +12,7 @@ ANY_PYTHON = $(or $(wildcard $(PYTHON_IN_VENV)),$(PYTHON),python3)
 LAUNCHER := -m recipes.common.launch
 RECIPES := $(filter-out __init__,$(basename $(notdir $(filter-out recipes/common/%,$(wildcard recipes/*/*.py)))))
 TARGETS := help setup setup-dev setup-distributed list quickstart chat test test-fast bench results notebooks lint clean
-ON_GPU := $(firstword $(wildcard /dev/nvidia0 /dev/kfd))
+ON_GPU := $(firstword $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg))
 
 # The tests' processes have one thread each. A file stays in one process, since its tests share what they have trained.
 PYTEST := $(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile
@@ -52,9 +52,9 @@ quickstart: setup
 chat: setup
 	@$(PYTHON_IN_VENV) scripts/chat.py $(if $(MODEL),'$(MODEL)') $(ARGS)
 
-test: setup-dev
+test: setup-dev setup-distributed
 	@$(PYTEST) $(ARGS)
-test-fast: setup-dev
+test-fast: setup-dev setup-distributed
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 bench: setup

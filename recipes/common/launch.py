@@ -57,7 +57,7 @@ ENVIRONMENT = {
 
 
 def environment_defaults() -> None:
-    """Set what every recipe wants in its environment and the user has not set. Call before any heavy import.
+    """Set what every recipe wants around it and the user has not set. Call before any heavy import.
 
     TOKENIZERS_PARALLELISM stays unset on purpose: then tokenizers use all threads, and stop doing so in a forked child,
     where threads could deadlock. Workers of one machine share its cores, so each one's tokenizer gets that worker's
@@ -65,6 +65,12 @@ def environment_defaults() -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not gpu_files():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # accelerate imports DeepSpeed, which else warns that it saw no GPU
+    # On a processor with bf16 it warns, at import, that a kernel on the hub would be faster for 4-bit generation.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and "OMP_NUM_THREADS" in os.environ:
         os.environ.setdefault("RAYON_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
@@ -133,9 +139,14 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_files() -> bool:
+    """Whether there is a device file of an NVIDIA or AMD GPU, also under WSL. Without one torch sees no GPU."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
+
+
 def gpu_count() -> int:
-    """GPUs that torch can use (CUDA or ROCm). With no GPU's device file it is 0 at once, and torch is not imported."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not any(Path("/dev", name).exists() for name in ("kfd", "dxg")):
+    """GPUs that torch can use (CUDA or ROCm). Without a device file it is 0 at once, and torch is not imported."""
+    if not gpu_files():
         return 0
     import torch
 
