@@ -1,4 +1,4 @@
-"""Whatever is done to a good config, loading it ends with a config or with a UserError: never with another exception."""
+"""Whatever is done to a good config, loading it ends with a config or a UserError: never with another exception."""
 
 from __future__ import annotations
 
@@ -64,37 +64,13 @@ GOOD: dict[str, Any] = {
     "run": {"name": "x", "tags": ["a"], "threads": 1},
 }
 ODD_VALUES = st.one_of(
+    st.sampled_from([None, True, False, 0, 1, -1, 1.0, 0.5, 1e4, 10**30, -(10**400), float("nan"), float("inf")]),
+    st.sampled_from(["", " ", "no", "5", "null", "1e4", "a: b", "[", "\t", "中文", "\x07", "x" * 300]),
+    st.sampled_from(["cosine", "steps", "epoch", "auto"]),
     st.sampled_from(
-        [None, True, False, 0, 1, -1, 1.0, 0.5, 1e4, 10**30, -(10**400), float("nan"), float("inf"), "", " ", "no", "5"]
-        + [
-            "null",
-            "1e4",
-            "a: b",
-            "[",
-            "\t",
-            "中文",
-            "\x07",
-            "x" * 300,
-            [],
-            {},
-            [None],
-            [[1]],
-            [{"a": 1}],
-            {"a": {"b": {}}},
-        ]
-        + [
-            {1: 2},
-            {None: 1},
-            {True: 1},
-            {"a.b": 1},
-            "cosine",
-            "steps",
-            "epoch",
-            "auto",
-            [1, "a", 2.5],
-            {"class_path": "os.system"},
-        ]
+        [[], {}, [None], [[1]], [{"a": 1}], [1, "a", 2.5], {"a": {"b": {}}}, {1: 2}, {None: 1}, {"a.b": 1}]
     ),
+    st.just({"class_path": "os.system", "init_args": {}}),
     st.integers(),
     st.floats(),
     st.text(max_size=8),
@@ -107,29 +83,8 @@ KEYS = st.one_of(
     st.text(max_size=5),
     st.sampled_from([1, 1.5, None, True]),
 )
-PIECES = [
-    "\t",
-    "\n",
-    "  ",
-    ":",
-    "- ",
-    "{",
-    "}",
-    "[",
-    "]",
-    "'",
-    '"',
-    "&a ",
-    "*a",
-    "!!int ",
-    "!x ",
-    "#",
-    "|\n",
-    "---\n",
-    "%",
-    "<<: ",
-    "\x00",
-]
+PIECES = ["\t", "\n", "  ", ":", "- ", "{", "}", "[", "]", "'", '"', "&a ", "*a", "!!int ", "!x ", "#", "|\n"]
+PIECES += [">\n", "---\n", "%", "<<: ", "\x00"]
 
 
 def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -141,7 +96,7 @@ def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
-    """A good config, spoilt one to four times: as a tree, then as text, then on the command line."""
+    """A good config, spoilt one to four times: a tree, a text, a command line."""
     tree = copy.deepcopy(GOOD)
     for _ in range(draw(st.integers(0, 3))):
         places = list(_places(tree))

@@ -43,9 +43,8 @@ def read_arguments(argv: Sequence[str], config_folder: Path | None, problems: li
             problems.append(_stray(token, arguments, config_folder))
         elif not equals and (not rest or rest[0].startswith("--")):
             near = difflib.get_close_matches(name, ("--dry-run", "--print-config", "--help"), 1, 0.8)
-            problems.append(
-                f"`{name}` has no value: " + (f"did you mean `{near[0]}`?" if near else f"write `{name} VALUE`")
-            )
+            remedy = f"did you mean `{near[0]}`?" if near else f"write `{name} VALUE`, or `{name} true` for a switch"
+            problems.append(f"`{name}` has no value: {remedy}")
         else:
             value = attached if equals else rest.pop(0)
             if name == "--config":

@@ -113,9 +113,8 @@ class Loaded:
             part.filled = {k: v for k, v in chosen.items() if k not in part.given and k not in part.inside}
         own = part.default if isinstance(part.default, dict) else {}
         if stray := (own.keys() | part.filled.keys()) - keys_of(cls).keys():
-            raise TypeError(
-                f"a default is given for {part.key(min(stray))}, which {cls.__name__} has not"
-            )  # our mistake
+            # A mistake of ours, not of the user.
+            raise TypeError(f"a default is given for {part.key(min(stray))}, which {cls.__name__} has not")
         return cls
 
     def _given(self, part: Part) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import operator
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -102,14 +103,23 @@ def keys_of(cls: type) -> dict[str, Field]:
 
 
 def _hints(thing: Any, cls: type) -> dict[str, Any]:
+    """The annotations of a class or of its constructor, evaluated."""
     raw = [a for base in cls.__mro__ for a in vars(base).get("__annotations__", {}).values() if isinstance(a, str)]
     names = {name: Dotted(name) for a in raw for name in re.findall(r"\bSection\[(\w+)", a)}
     try:
         return typing.get_type_hints(thing, localns=names or None, include_extras=True)
-    except (NameError, TypeError):
-        if cls.__module__.startswith(("recipes.", "tests.", "__main__")):
+    except NameError:
+        if cls.__module__.startswith(("recipes.", "__main__", "test")):
             raise  # a mistake of ours
-        return {}  # a library names types that exist for its type checker only: its own constructor is the judge then
+    # A library names a type that exists for its type checker only: its own constructor judges that key alone.
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__) if thing is cls else [thing]:
+        for name, hint in getattr(base, "__annotations__", {}).items():
+            try:
+                hints[name] = eval(hint, vars(sys.modules[base.__module__])) if isinstance(hint, str) else hint
+            except NameError:
+                hints[name] = Any
+    return hints
 
 
 def _field(name: str, hint: Any, make_default: Callable[[], Any] | None, help: str) -> Field:

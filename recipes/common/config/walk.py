@@ -220,6 +220,7 @@ def explain_unknown(unknown: list[Unknown], config_class: type) -> Iterator[str]
                 everywhere = list(_all_keys(config_class, ""))  # costs the libraries' import: only now
             for wanted in (key, RENAMED.get(key)):
                 belongs = belongs or [k for k in everywhere if wanted and (k == wanted or k.endswith(f".{wanted}"))]
+            belongs = [k for k in belongs if path and k.startswith(f"{path}.")] or belongs[:4]
             for other in everywhere:  # a key of another section must be a little more alike
                 if not is_section:
                     scores.setdefault(other, _likeness(key, other.rsplit(".", 1)[-1]) - 0.03)
