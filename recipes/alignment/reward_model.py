@@ -2,8 +2,8 @@
 
     loss = - 1/C(K,2)  E  log sigmoid(r(x, y_w) - r(x, y_l))        InstructGPT eq. (1)
 
-over all pairs (y_w better than y_l) of the K ranked answers to a prompt x. All K of a prompt stand in one batch element:
-one forward an answer serves its K - 1 pairs, and pairs of one prompt do not overfit as they do when shuffled apart. Plain
+over all pairs (y_w better than y_l) of the K ranked answers to a prompt x. All K of a prompt are one batch element: one
+forward an answer serves its K - 1 pairs, and pairs of one prompt do not overfit as they do when shuffled apart. Plain
 pairs are K = 2. The score is read at the answer's last token, which is the stop token.
 
 Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
@@ -30,6 +30,7 @@ from recipes.common.sections import Data, Evaluation, Model, PositiveInt, Run
 if TYPE_CHECKING:
     import datasets
     import torch
+    import transformers
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
@@ -47,7 +48,7 @@ class Config:
     model: Model
     data: Data
     reward: Reward
-    training: Section["transformers.TrainingArguments"]  # noqa: F821, UP037
+    training: Section[transformers.TrainingArguments]
     evaluation: Evaluation
     run: Run
 
@@ -105,7 +106,7 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
     from recipes.common.rlhf import ranking_loss
 
     class ByLength(torch.utils.data.Sampler):
-        """Rows of a similar length together, in an order that depends on the epoch alone: a resumed run must find it again."""
+        """Rows of a similar length together, in an order that the epoch alone decides: a resumed run finds it again."""
 
         epoch = 0
 
@@ -389,8 +390,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     run.sample("ranked.txt", ranked_sample(scores, held_out))
     run.card(
         "The score of a conversation is `model(**inputs).logits`, read at its last token, the stop token. "
-        "`recipes/alignment/ppo.py` uses (score - config.reward_mean) / config.reward_std: the best-ranked held-out answers "
-        "get 0 on average, and all held-out answers have spread 1."
+        "`recipes/alignment/ppo.py` uses (score - config.reward_mean) / config.reward_std: the best-ranked held-out "
+        "answers get 0 on average, and all held-out answers have spread 1."
     )
     return {
         "reward_accuracy": figures.pop("accuracy"),

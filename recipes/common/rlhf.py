@@ -77,12 +77,6 @@ def token_entropy(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
-def response_mask(responses: Tensor, stop: int) -> Tensor:
-    """[B, R] tokens -> [B, R] bool, true up to and with the first stop token; all true where there is none."""
-    stops = (responses == stop).cumsum(dim=1)
-    return (stops == 0) | ((stops == 1) & (responses == stop))
-
-
 # ---------------------------------------------------------------- masked statistics
 
 
@@ -130,9 +124,27 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str = "k1") -> Tensor
     raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3")
 
 
-def next_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
-    """Ziegler section 2.2: beta <- beta (1 + 0.1 e), e = clip(kl / target - 1, -0.2, 0.2): at most 2 % a step."""
-    return coefficient * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+class KLCoefficient:
+    """beta of the KL penalty: fixed, or steered so that the KL comes to a target (Ziegler section 2.2).
+
+    beta <- beta (1 + 0.1 e),  e = clip(kl / target - 1, -0.2, 0.2)          at most 2 % a step
+
+    Has state_dict and load_state_dict, so that it can be checkpointed.
+    """
+
+    def __init__(self, value: float, target: float | None = None):
+        self.value, self.target = value, target
+
+    def update(self, kl: float) -> None:
+        """`kl`: nats a response, the mean of the step that was just taken."""
+        if self.target is not None:
+            self.value *= 1 + 0.1 * min(max(kl / self.target - 1, -0.2), 0.2)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = state["value"]
 
 
 # ---------------------------------------------------------------- rewards and advantages
@@ -222,16 +234,16 @@ def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
 
 
 def score_head(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """The scalar head in fp32 whatever the autocast: [..., H] -> [...]. bf16 would round a score of 4 to 1/32."""
+    """The scalar head outside of autocast: [..., H] -> [...] in fp32. bf16 would round a score of 4 to 1/32."""
     with torch.autocast(states.device.type, enabled=False):
-        return F.linear(states.float(), model.score.weight.float()).squeeze(-1)
+        return model.score(states.to(model.score.weight.dtype)).squeeze(-1).float()
 
 
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The reward model's score of each sequence, read at its last real token: [B, L] -> [B] in fp32.
 
-    The number that `model(input_ids, attention_mask).logits` gives, except that real tokens are known by the mask (not by
-    being other than the pad token), and that the head is not rounded to bf16.
+    What `model(input_ids, attention_mask).logits` gives, except that real tokens are known by the mask, not by being
+    other than the pad token, and that the head is not rounded to bf16.
     """
     states = backbone_states(model, input_ids, attention_mask)
     return score_head(model, states[torch.arange(len(states), device=states.device), last_real_token(attention_mask)])
@@ -251,7 +263,7 @@ def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
             f"the tokenizer pads with its stop token {tokenizer.eos_token!r}: a score is read at the last token that "
-            "is not padding, so the stop would go unread. Give a model.tokenizer that has a pad token of its own"
+            "is not padding, so the stop would go unread; give a model.tokenizer that has a pad token of its own"
         )
 
 
@@ -260,8 +272,8 @@ def response_logits(
 ) -> Any:
     """A causal model's output with logits at the response only: [B, P+R] -> logits [B, R, V].
 
-    The logits at position t are for token t+1: those of the R response tokens stand at P-1 .. P+R-2. So the last token is
-    not fed at all, and the P-1 first positions, most of a short answer's sequence, never reach the vocabulary matrix.
+    The logits at position t are for token t+1: those of the R response tokens stand at P-1 .. P+R-2. So the last token
+    is not fed at all, and the first P-1 positions, most of a short answer's sequence, never reach the vocabulary.
     """
     ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
     return model(
@@ -275,17 +287,18 @@ def response_logits(
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic as one module, so that one optimizer, one DDP wrapper or ZeRO engine, and one forward hold both.
+    """Policy and critic as one module: one optimizer, one DDP wrapper or ZeRO engine and one forward hold both.
 
     The critic is a model of its own, started from the reward model (InstructGPT), or a linear head on the policy's last
-    hidden states, started at 0. Its values are in the units of the normalised reward: `mean` and `std` are the reward
-    model's, so that a critic started from it predicts that reward from the first step.
+    hidden states, started at 0. Its values are in the units of the normalised reward, (score - mean) / std, so that a
+    critic started from the reward model predicts that reward from the first step.
     """
 
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, scale: Any = None):
+        """`scale`: the reward model's config, which holds reward_mean and reward_std if our recipe made it."""
         super().__init__()
         self.policy, self.critic = policy, critic
-        self.mean, self.std = mean, std
+        self.mean, self.std = getattr(scale, "reward_mean", 0.0), getattr(scale, "reward_std", 1.0)
         self.head = None
         if critic is None:
             self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
@@ -300,7 +313,7 @@ class ActorCritic(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_length: int, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, P+R] -> log pi(response token) [B, R], the critic's value before each of them [B, R], entropy [B, R] or None."""
+        """[B, P+R] -> log pi of each response token, the critic's value before it, and the entropy or None: [B, R]."""
         out = response_logits(
             self.policy, input_ids, attention_mask, prompt_length, output_hidden_states=self.critic is None
         )

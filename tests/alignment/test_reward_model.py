@@ -101,9 +101,9 @@ def test_one_forward_an_answer_gives_the_mean_of_the_pairwise_losses_and_gradien
         for i, better in enumerate(row["sequences"]):
             for j, worse in enumerate(row["sequences"]):
                 if row["ranks"][i] < row["ranks"][j]:
-                    w, l = (scorer(input_ids=torch.tensor([s])).logits[0, 0] for s in (better, worse))
+                    high, low = (scorer(input_ids=torch.tensor([s])).logits[0, 0] for s in (better, worse))
                     forwards += 2
-                    pairs.append(-torch.nn.functional.logsigmoid(w - l))
+                    pairs.append(-torch.nn.functional.logsigmoid(high - low))
         prompts.append(torch.stack(pairs).mean())
     pairwise = torch.stack(prompts).mean()
     (slow_gradient,) = torch.autograd.grad(pairwise, scorer.score.weight)

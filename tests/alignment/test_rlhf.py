@@ -86,10 +86,19 @@ def test_rewards_of_a_response_sum_to_score_minus_beta_kl():
 
 
 def test_adaptive_kl_coefficient_moves_two_percent_at_most_and_towards_the_target():
-    assert rlhf.next_kl_coefficient(1.0, kl=100.0, target=1.0) == pytest.approx(1.02)
-    assert rlhf.next_kl_coefficient(1.0, kl=0.0, target=1.0) == pytest.approx(0.98)
-    assert rlhf.next_kl_coefficient(1.0, kl=1.1, target=1.0) == pytest.approx(1.01)
-    assert rlhf.next_kl_coefficient(0.5, kl=2.0, target=2.0) == 0.5
+    def after(kl: float, target: float | None) -> float:
+        beta = rlhf.KLCoefficient(0.5, target)
+        beta.update(kl)
+        again = rlhf.KLCoefficient(9.0, target)
+        again.load_state_dict(beta.state_dict())
+        assert again.value == beta.value
+        return beta.value
+
+    assert after(kl=100.0, target=1.0) == pytest.approx(0.5 * 1.02)
+    assert after(kl=0.0, target=1.0) == pytest.approx(0.5 * 0.98)
+    assert after(kl=1.1, target=1.0) == pytest.approx(0.5 * 1.01)
+    assert after(kl=2.0, target=2.0) == 0.5
+    assert after(kl=100.0, target=None) == 0.5
 
 
 # ---------------------------------------------------------------- PPO's clip
@@ -203,16 +212,6 @@ def test_token_logprobs_and_entropy_equal_the_definition():
     torch.testing.assert_close(rlhf.token_entropy(logits), -(p * p.log()).sum(-1))
     assert rlhf.token_entropy(torch.zeros(1, 1, 7)).item() == pytest.approx(math.log(7))
     assert rlhf.token_logprobs(logits.bfloat16(), tokens).dtype == torch.float32
-
-
-def test_response_mask_keeps_the_first_stop_token_and_nothing_after_it():
-    responses = torch.tensor([[5, 6, 1, 0, 0], [1, 0, 0, 0, 0], [5, 6, 7, 8, 9], [5, 1, 6, 1, 0]])
-    assert rlhf.response_mask(responses, stop=1).int().tolist() == [
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1],
-        [1, 1, 0, 0, 0],
-    ]
 
 
 def test_last_real_token_and_positions_under_both_paddings():
