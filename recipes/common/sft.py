@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import islice
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,9 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    if args.packing:
+    # FlashAttention takes documents apart in a single row only, which is what TRL's own collator makes (for it, at no
+    # cost: it never looks outside a document); the other kernels do it in any row.
+    if args.packing and not model.config._attn_implementation.startswith("flash"):
         assert args.max_length is not None
         pad = trainer.data_collator.pad_token_id
         trainer.data_collator = PackedRows(pad, args.max_length, args.per_device_train_batch_size)
@@ -53,19 +56,38 @@ def make_trainer(
     return trainer
 
 
+def announce(trainer: SFTTrainer, run: RunFolder) -> dict[str, torch.Tensor]:
+    """Check the first batch and say what is about to run (`--dry-run` ends here); gives the batch."""
+    from recipes.common.preflight import preflight
+    from recipes.common.training import total_steps
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
+    if scores_only_answers(trainer):
+        # MFU must not count the products that are saved: the head's, for tokens that are not learned
+        head = trainer.model.get_output_embeddings().weight
+        saved = 1 - (batch["labels"] != IGNORED).float().mean().item()
+        run.figures["flops_per_token"] -= (6 if head.requires_grad else 4) * head.numel() * saved
+    return batch
+
+
+def scores_only_answers(trainer: SFTTrainer) -> bool:
+    """Whether `score_only_answers` applies: on a processor, to models that neither scale nor cap their logits."""
+    config = trainer.model.config.get_text_config()
+    reshaping = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    reshaped = any(getattr(config, name, None) not in (None, 1.0) for name in reshaping)
+    return trainer.args.device.type == "cpu" and not reshaped and not getattr(config, "output_router_logits", False)
+
+
 def score_only_answers(trainer: SFTTrainer) -> None:
     """On a processor, project only the tokens that are learned onto the vocabulary.
 
     TRL's fused head is a Triton kernel. Where that cannot run, its fallback scores every token, prompts included, in
-    float32, vocabulary slice by slice: more than half of a step's time for a small model. Models that scale or cap
-    their logits keep TRL's way.
+    float32, vocabulary slice by slice: more than half of a step's time for a small model.
     """
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    config = base.config.get_text_config()
-    reshaping = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    reshaped = any(getattr(config, name, None) not in (None, 1.0) for name in reshaping)
-    if trainer.args.device.type != "cpu" or reshaped or getattr(config, "output_router_logits", False):
+    if not scores_only_answers(trainer):
         return
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     fused_forward = base.forward
 
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -120,12 +142,15 @@ def held_out_loss(trainer: SFTTrainer) -> float:
     """
     import torch
 
+    accelerator, size = trainer.accelerator, trainer.args.per_device_eval_batch_size
+    mine = islice(trainer.eval_dataset, accelerator.process_index, None, accelerator.num_processes)
     total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     with inference(trainer.model, bf16=trainer.args.bf16):
-        for batch in trainer.get_eval_dataloader():
-            out = trainer.model(**trainer._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+        while samples := list(islice(mine, size)):
+            batch = trainer._prepare_inputs(trainer.data_collator(samples))
+            out = trainer.model(**batch, use_cache=False, fused_lm_head=True)
             total += torch.stack([-out.log_probs.double().sum(), out.label_mask.double().sum()])
-    total = trainer.accelerator.reduce(total)
+    total = accelerator.reduce(total)
     return round(float(total[0] / total[1].clamp(min=1)), 4)
 
 

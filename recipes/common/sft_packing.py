@@ -5,11 +5,13 @@
 
 Packing lays several conversations into one row of fixed length. Each one's positions start from 0, and that is what
 keeps them apart: with no attention mask and no cache, transformers reads the documents off the positions and hides
-every document from every other (`masking_utils.find_packed_sequence_indices`). With `use_cache=True`, or with a padding
-mask, it does not, and says nothing; tests/finetuning/test_sft_packing.py compares packed samples with the same alone.
+every document from every other (`masking_utils.find_packed_sequence_indices`). With `use_cache=True`, with a padding
+mask, or in FlashAttention with more than one row, it does not, and says nothing; tests/finetuning/test_sft_packing.py
+compares packed samples with the same samples alone.
 
 TRL's own packing collator also lays the rows of a batch end to end: one row whose length varies, so that attention
-costs the square of the whole batch and a compiled model is compiled again and again. Rows stay rows here.
+costs the square of the whole batch and a compiled model is compiled again and again. Rows stay rows here, except for
+FlashAttention, which that collator is made for.
 """
 
 from __future__ import annotations

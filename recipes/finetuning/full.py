@@ -44,18 +44,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common import sft
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.preflight import preflight
     from recipes.common.sft_packing import prepare
-    from recipes.common.training import fit, total_steps
+    from recipes.common.training import fit
 
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
     conversations = load_data(config.data, "conversation")
     rows = prepare(conversations, tokenizer, model, config.training, run)
     trainer = sft.make_trainer(model, tokenizer, rows, config.training)
-    preflight(
-        run, model, next(iter(trainer.get_train_dataloader())), args=trainer.args, total_steps=total_steps(trainer)
-    )
+    sft.announce(trainer, run)
 
     before = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "before")
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)

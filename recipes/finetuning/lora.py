@@ -8,7 +8,7 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
     make lora                                       # laptop, offline, 3 minutes, from what `make llama` made
     make lora CONFIG=gpu                            # one GPU, a public model and instruction set
-    make lora CONFIG=cluster LAUNCH=zero2 NPROC=8   # a node; scripts/ has SLURM
+    make lora CONFIG=cluster LAUNCH=ddp NPROC=8     # a node; scripts/ has SLURM
 
 Leaves adapter/ (the thin matrices alone) and model/ (merged, a model like any other). Laptop result: RESULTS.md#lora.
 """
@@ -110,9 +110,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common import sft
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.preflight import preflight
     from recipes.common.sft_packing import prepare
-    from recipes.common.training import fit, total_steps
+    from recipes.common.training import fit
 
     if config.model.name is None:
         raise UserError(
@@ -124,11 +123,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     conversations = load_data(config.data, "conversation")
     rows = prepare(conversations, tokenizer, base, config.training, run)
     trainer = sft.make_trainer(base, tokenizer, rows, config.training, peft_config=config.lora)
+    if sft.sharded(trainer):
+        raise UserError(
+            "lora: merging needs the whole model in each process; launch with ddp, zero1 or zero2 (the base is frozen, "
+            "so its weights are all that a device must hold)"
+        )
     matrices, expected = closed_form(trainer.model)
-    names = ", ".join(sorted(config.lora.target_modules))
+    names = ", ".join(sorted(trainer.model.peft_config["default"].target_modules))
     run.say(f"  lora: {matrices} matrices ({names}), sum of r (in + out) = {expected:,}")
-    batch = next(iter(trainer.get_train_dataloader()))
-    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
+    batch = sft.announce(trainer, run)
 
     before = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "before")
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)

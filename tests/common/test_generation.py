@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_chat import make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from recipes.common import generation
-from recipes.common.chat import SPECIAL_TOKENS, add_chat_template
 from recipes.common.errors import UserError
 from recipes.common.generation import exact_match, generate, generate_ids, stop_ids
 from recipes.common.sections import Evaluation
@@ -25,16 +24,8 @@ prompts_of_ids = st.lists(st.lists(st.integers(10, VOCABULARY - 1), min_size=1, 
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and our special tokens, no merges."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([*SPECIAL_TOKENS, *letters])}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|end|>")
-    made.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS[2:])})
-    add_chat_template(made)
-    return made
+def tokenizer() -> Any:
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")

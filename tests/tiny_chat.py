@@ -1,0 +1,46 @@
+"""A tokenizer and a model so small that chat recipes run on them in seconds: `from tiny_chat import ...` in any test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def make_tokenizer() -> Any:
+    """Bytes and our special tokens, no merges, our chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from recipes.common.chat import SPECIAL_TOKENS, add_chat_template
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([*SPECIAL_TOKENS, *letters])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS[2:])})
+    add_chat_template(tokenizer)
+    return tokenizer
+
+
+def make_model(tokenizer: Any, **changes: Any) -> Any:
+    """A random Llama of 30 thousand parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **ids, **changes}))
+
+
+def conversation(*turns: str) -> dict[str, Any]:
+    """A row of turns that alternate between user and assistant."""
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
