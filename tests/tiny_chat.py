@@ -1,4 +1,4 @@
-"""A tokenizer and a model so small that chat recipes run on them in seconds: `from tiny_chat import ...` in any test."""
+"""A tokenizer and a model so small that chat recipes run on them in seconds: `from tiny_chat import ...` in a test."""
 
 from __future__ import annotations
 
