@@ -1,0 +1,215 @@
+"""LoRA as a recipe: what learns, what stays, that merging changes nothing, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_chat import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.common.errors import UserError
+from recipes.finetuning import lora
+
+Run = Callable[..., Any]
+Changes = dict[str, Any]
+FEW = {
+    "lora.r": 8,
+    "lora.lora_alpha": 32,
+    "lora.target_modules": "[q_proj, v_proj, up_proj, down_proj]",
+    "training.max_steps": 40,
+    "training.max_length": 64,
+    "training.per_device_train_batch_size": 8,
+    "training.learning_rate": 2e-2,
+    "training.warmup_steps": 0,
+    "training.save_steps": 20,
+    "training.bf16": "false",
+    "evaluation.max_samples": 12,
+    "evaluation.max_new_tokens": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON lines: whatever is asked, the answer is "yes"."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [{"prompt": f"Is it {n}?", "completion": "yes"} for n in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(chat_model: Path, data: Path | str, changes: Changes | None = None) -> list[str]:
+    """The command line of a short run."""
+    values = {"model.name": chat_model, "data.name": data, **FEW, **(changes or {})}
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def trained(chat_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One finished run that several tests look at: its folder and figures."""
+    from recipes.common.recipe import run_recipe
+
+    root = tmp_path_factory.mktemp("runs")
+    assert run_recipe(lora.main, lora.Config, [*arguments(chat_model, questions), "--run.root", str(root)]) == 0
+    folder = root / "lora" / "default"
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
+def test_it_learns(trained: Any) -> None:
+    """As far as a frozen random model can be taught: its narrow output layer bounds how sure it can be."""
+    _, figures = trained
+    assert figures["eval_loss"] < figures["baseline_loss"] - 0.5
+
+
+def test_what_learns_is_the_closed_form(trained: Any) -> None:
+    """r (in + out) for q (32 x 32), v (32 x 16), up (32 x 64), down (64 x 32), in each of 2 layers."""
+    _, figures = trained
+    expected = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 64) + (64 + 32))
+    assert figures["trainable_parameters"] == expected
+
+
+def test_the_adapter_is_small_and_the_base_is_bit_for_bit_what_it_was(trained: Any, chat_model: Path) -> None:
+    folder, _ = trained
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all("lora_A" in name or "lora_B" in name for name in tensors)
+    base = AutoModelForCausalLM.from_pretrained(chat_model)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    loaded = PeftModel.from_pretrained(base, folder / "adapter")
+    after = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in loaded.get_base_model().state_dict().items()
+        if "lora_" not in name
+    }
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    merged = load_file(folder / "model" / "model.safetensors")
+    adapted = re.compile(r"(q|v|up|down)_proj")
+    for name, tensor in merged.items():  # what no adapter touched was saved as it was
+        assert torch.equal(tensor, before[name]) != bool(adapted.search(name)), name
+
+
+def test_base_and_adapter_give_the_merged_models_logits(trained: Any, chat_model: Path) -> None:
+    folder, figures = trained
+    ids = torch.randint(10, 250, (4, 30))
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(folder / "model")(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(chat_model)
+        plain = base(input_ids=ids).logits
+        apart = PeftModel.from_pretrained(base, folder / "adapter").eval()(input_ids=ids).logits
+    assert torch.allclose(apart, merged, atol=1e-4)
+    assert not torch.allclose(plain, merged, atol=1e-1), "the adapter changed nothing"
+    assert 0 <= figures["merge_max_logit_difference"] < 1e-4
+
+
+def test_the_merged_model_answers(trained: Any) -> None:
+    from recipes.common.generation import generate
+
+    folder, _ = trained
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    prompts = [[{"role": "user", "content": f"Is it {n}?"}] for n in (3, 77)]
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == ["yes", "yes"]
+
+
+def test_a_resumed_run_ends_with_the_adapter_of_an_uninterrupted_one(
+    run_in_process: Run,
+    chat_model: Path,
+    questions: Path,
+    tmp_path: Path,
+    trained: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from recipes.common import training
+
+    asked = training.StopSignals.asked
+    steps = iter(range(1000))
+
+    def stop_after_24(self: Any) -> bool:
+        self.reason = "test"
+        return next(steps) >= 24
+
+    monkeypatch.setattr(training.StopSignals, "asked", stop_after_24)
+    assert run_in_process(lora, arguments(chat_model, questions), tmp_path).code == 130
+    monkeypatch.setattr(training.StopSignals, "asked", asked)
+    resumed = run_in_process(lora, arguments(chat_model, questions, {"run.resume": "true"}), tmp_path)
+    assert resumed.code == 0, resumed.err
+    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (resumed.folder, trained[0]))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6
+
+
+def test_merging_that_moves_the_logits_is_not_saved() -> None:
+    """A fault in merging (peft has had several) must end the run, not the model."""
+    tokenizer = make_tokenizer()
+    model = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    batch = {"input_ids": torch.randint(10, 200, (2, 20))}
+    honest = model.merge_and_unload
+
+    def faulty() -> Any:
+        merged = honest()
+        merged.model.layers[0].self_attn.q_proj.weight.data *= 1.5
+        return merged
+
+    model.merge_and_unload = faulty
+    with pytest.raises(RuntimeError, match="merging the adapter moved a logit"):
+        lora.merge(model, batch)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora.use_dora": "true"}, {"lora.use_rslora": "true"}, {"lora.bias": "lora_only"}]
+)
+def test_relatives_of_lora_merge_too(
+    run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path, changes: Changes
+) -> None:
+    done = run_in_process(lora, arguments(chat_model, questions, {"training.max_steps": 3, **changes}), tmp_path)
+    assert done.code == 0, done.err
+    assert done.figures["merge_max_logit_difference"] < 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["qproj"], "nothing in LlamaForCausalLM is called qproj; did you mean q_proj"),
+        (["q_proj", "value"], "nothing in LlamaForCausalLM is called value"),
+        (["lm_head"], "the loss is computed from the weights of lm_head directly"),
+        (r".*\.attention\..*", r".*\.attention\..*"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused_with_the_valid_ones(targets: Any, told: str) -> None:
+    model = make_model(make_tokenizer())
+    with pytest.raises(UserError) as refused:
+        lora.check_targets(model, LoraConfig(target_modules=targets))
+    assert told in str(refused.value)
+    assert "Valid: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(refused.value)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj"], ["self_attn.q_proj"], r".*layers\.1\.mlp.*_proj"])
+def test_targets_that_match_are_taken(targets: Any) -> None:
+    lora.check_targets(make_model(make_tokenizer()), LoraConfig(target_modules=targets))
+
+
+BAD: dict[str, tuple[Changes, str]] = {
+    "a target that is not there": ({"lora.target_modules": "[q_proj, qv_proj]"}, "is called qv_proj"),
+    "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "LoRA adapts a pretrained model"),
+    "a rank of 0": ({"lora.r": 0}, "lora.r"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    case: str, run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    changes, told = BAD[case]
+    done = run_in_process(lora, arguments(chat_model, questions, changes), tmp_path)
+    assert done.code == 2
+    assert told in done.err
+    assert "Traceback" not in done.err
