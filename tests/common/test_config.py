@@ -584,6 +584,7 @@ MISTAKES: list[tuple[str, str | bytes | None, list[str], list[str]]] = [
     ("switch with a value", None, ["--dry-run=true"], ["`--dry-run` is a switch", "leave out `=true`"]),
     ("no key", None, ["--run..seed", "3"], ["`--run..seed` is no key"]),
     ("broken value", None, ["--run.seed", "[1"], ["not `[1`; not valid YAML", "(--run.seed)"]),
+    ("newline in a flag", None, ["--run.a\nb", "1"], ["`run.a\\nb` is not a key of `run`", "(--run.a\\nb)"]),
     ("duplicate in a value", None, ["--model.config", "{a: 1, a: 2}"], ["`a` is written twice", "(--model.config)"]),
 ]
 

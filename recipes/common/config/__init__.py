@@ -27,11 +27,10 @@ from pathlib import Path
 
 from recipes.common.config.arguments import find_configs, read_arguments
 from recipes.common.config.help import help_text
-from recipes.common.config.loaded import LibraryDefaults, Loaded
+from recipes.common.config.loaded import LibraryDefaults, Loaded, refuse
 from recipes.common.config.reading import Reader, to_yaml
 from recipes.common.config.schema import Section, defaults
 from recipes.common.config.walk import Part, Walk, explain_unknown
-from recipes.common.errors import UserError
 
 __all__ = ["Loaded", "Section", "defaults", "help_text", "load_config", "to_yaml"]
 
@@ -65,5 +64,5 @@ def load_config(
         for inner in root.inside.values():
             if inner is not None and not inner.broken:
                 loaded._construct(inner, problems)
-        raise UserError(list(dict.fromkeys(problems)))
+        refuse(problems)
     return loaded

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,13 @@ from recipes.common.config.walk import Part, no_library
 from recipes.common.errors import UserError
 
 LibraryDefaults = Callable[[str, type, dict[str, Any]], Mapping[str, tuple[Any, str]]]
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise UserError with the problems, if there are any: each once, each on one line whatever was typed."""
+    if problems:
+        shown = (re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: repr(m[0])[1:-1], text) for text in problems)
+        raise UserError(list(dict.fromkeys(shown)))
 
 
 class Loaded:
@@ -48,8 +56,7 @@ class Loaded:
         """The config, an instance of the recipe's class. Raises UserError with all that its sections refuse."""
         problems: list[str] = []
         config = self._construct(self._whole, problems)
-        if problems:
-            raise UserError(problems)
+        refuse(problems)
         return config
 
     def build(self) -> Any:
@@ -85,8 +92,7 @@ class Loaded:
         problems: list[str] = []
         for part in _parts(self._whole):
             self._fill(part, problems)
-        if problems:
-            raise UserError(problems)
+        refuse(problems)
         rows = list(self._rows(self._whole, 0))
         width = min(max((len(text) for text, origin in rows if origin), default=0), 60)
         return "\n".join(f"{text:<{width}}  # {origin}" if origin else text for text, origin in rows) + "\n"
