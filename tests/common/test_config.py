@@ -186,6 +186,7 @@ def problems(text: str | bytes | None = None, *argv: str, **more: Any) -> list[s
         ("training.warmup_steps", "1", 1),
         ("training.max_grad_norm", ".inf", math.inf),
         ("training.max_steps", "-1", -1),
+        ("training.max_steps", "-1.0", -1),
         ("training.inner.depth", "3", 3),
     ],
 )
@@ -502,6 +503,7 @@ MISTAKES: list[tuple[str, str | bytes | None, list[str], list[str]]] = [
         ["`training` is a section, a mapping of keys, not `5`", "--help training", "cpu.yaml:1"],
     ),
     ("section is a list", None, ["--model", "[a]"], ["`model` is a section", "not a list", "(--model)"]),
+    ("library section is null", "training:", [], ["`training` is null", "leave the line out", "cpu.yaml:1"]),
     ("section is null", "run:", [], ["`run` is null", "leave the line out", "cpu.yaml:1"]),
     ("refused by the class", "training: {max_steps: 13}", [], ["training: 13 steps bring bad luck"]),
     ("class needs a package", "training: {max_steps: 14}", [], ["training: this needs the package `luck`"]),
