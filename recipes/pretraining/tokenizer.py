@@ -1,0 +1,646 @@
+"""Train a tokenizer four ways on the same text, compare them on held-out text, and save the one that is wanted.
+
+    bpe            start from the 256 bytes; join the pair that stands side by side most often; repeat
+                       a, b = argmax count(a b)            "l o w" x 5, "l o w e r" x 2:  l+o, lo+w, ...
+                   then encode by replaying the joins in order. Every text is bytes, so nothing is ever unknown.
+    wordpiece      BERT's. The paper joins the pair that raises the likelihood of the text most,
+                       a, b = argmax count(a b) / (count(a) count(b))
+                   (the `tokenizers` library joins by count, as BPE does), and encodes a word by its longest known
+                   beginning, then the longest known rest (marked ##). A word with an unknown character is one <|unk|>.
+    unigram        start from 100,000 substrings; expectation-maximisation gives each piece x a probability p(x) for
+                       L = sum over texts of log sum over splits S of prod_{x in S} p(x)
+                   drop the half of the pieces that L misses least; repeat. Encode by the likeliest split (Viterbi).
+    sentencepiece  BPE or Unigram on raw text with the space as a character (U+2581), no words cut first: LLaMA's. A
+                   character that is not in the vocabulary falls back to its bytes: <0xE4><0xBD><0xA0>.
+
+Sennrich, Haddow, Birch 2016, https://arxiv.org/abs/1508.07909; Radford et al. 2019 (byte-level);
+Schuster, Nakajima 2012, and Wu et al. 2016, https://arxiv.org/abs/1609.08144 (WordPiece);
+Kudo 2018, https://arxiv.org/abs/1804.10959 (Unigram); Kudo, Richardson 2018, https://arxiv.org/abs/1808.06226
+
+    make tokenizer                    # laptop, offline, under 2 minutes
+    make tokenizer CONFIG=gpu         # a public corpus, a vocabulary of 32,000 (needs network and memory, no GPU)
+    make tokenizer CONFIG=cluster     # 128,000 tokens from 2 GB of text, on one node
+
+The text is `data` and, so that chat and Chinese are in the vocabulary too, the messages of `tokenizer.conversations`.
+Laptop result: RESULTS.md#tokenizer.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import json
+import os
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from recipes.common.chat import (
+    END_TOKEN,
+    PAD_TOKEN,
+    ROLE_TOKENS,
+    UNK_TOKEN,
+    add_chat_template,
+    encode_plain,
+    special_tokens,
+)
+from recipes.common.errors import DryRunDone, UserError
+from recipes.common.recipe import run_recipe
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Data, OpenUnitInterval, PositiveInt, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+Kind = Literal["bpe", "wordpiece", "unigram", "sentencepiece"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass
+class Tokenizer:
+    """Which tokenizers to train, on how much, and which one to keep."""
+
+    kinds: list[Kind] = field(default_factory=lambda: list(KINDS))  # trained and compared
+    save: Kind = "bpe"  # goes to model/; the others go to model-<kind>/
+    vocabulary_size: PositiveInt = 8192  # tokens, special ones included; the same for all
+    conversations: list[str] = field(default_factory=lambda: ["tasks", "pydocs_qa"])  # their messages join the text
+    max_bytes: PositiveInt = (
+        12_000_000  # train on at most this much of data, and a tenth of it of each conversation set
+    )
+    unigram_max_bytes: PositiveInt = 3_000_000  # of all that, what Unigram sees: it takes ten times longer
+    character_coverage: OpenUnitInterval = 0.9999  # of the text; rarer characters are left to bytes or <|unk|>
+    sentencepiece: Literal["bpe", "unigram"] = "bpe"  # which algorithm SentencePiece runs; LLaMA 1 and 2 use bpe
+
+
+@dataclass
+class Config:
+    """Sections of this recipe."""
+
+    data: Data
+    tokenizer: Tokenizer
+    run: Run
+
+
+# --- how text is cut before a tokenizer learns pieces ----------------------------------------------------------------
+
+# The space after a line's end belongs to the end, but for the last one, which stays with the word: a line begins with
+# "\n       " and " return", the same token as in the middle of a line. 7 % fewer tokens than GPT-4's cut on our text.
+LINE_END = r"[\r\n]+(?:[ \t]+(?=[ \t]))?"
+# GPT-4's, but each digit stands alone, so that numbers are spelt the same way whatever their length and carrying can be
+# learned, and so does Chinese punctuation, so that an item of a list is the same token wherever it stands.
+BPE_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}\u3000-\u303F\uFF00-\uFFEF]?\p{L}+|\p{N}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+(?:{LINE_END})?|\s*{LINE_END}|\s+(?!\S)|\s+"
+)
+# Unigram picks candidates by how many different words hold them, so it needs words as long as SentencePiece's.
+UNIGRAM_WORDS = rf"\p{{N}}| ?[^\s\p{{N}}]+(?:{LINE_END})?|\s*{LINE_END}|\s+(?!\S)|\s+"
+# A Unigram model finds any piece of its vocabulary in the text, control tokens and <0x41> as well: cut those open.
+CONTROL_TEXT = r"<(?=\|(?:pad|end|unk|system|user|assistant|tool)\|>|0x[0-9A-F]{2}>)"
+SPACE = "▁"  # U+2581, how SentencePiece writes a space; a U+2581 in the text comes back as a space
+HELD_OUT_BYTES = 5_000_000  # enough for two digits of every figure
+LONGEST_TOKEN = 16  # bytes, as SentencePiece's 16 characters: words and indentation, not lines that are often repeated
+
+
+# --- four ways to train ----------------------------------------------------------------------------------------------
+
+
+def train_bpe(texts: Sequence[str], vocabulary_size: int) -> Backend:
+    """Byte-level BPE. The first ids are the special tokens, then the 256 bytes, then the merges in their order."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(BPE_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=special_tokens(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=LONGEST_TOKEN,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def train_wordpiece(texts: Sequence[str], vocabulary_size: int) -> Backend:
+    """BERT's cased WordPiece: whitespace is dropped, punctuation and Chinese characters stand alone."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.WordPiece(unk_token=UNK_TOKEN))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary_size, special_tokens=special_tokens(unk=True), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def train_unigram(texts: Sequence[str], vocabulary_size: int) -> Backend:
+    """Unigram language model over characters, spaces kept as they are."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(UNIGRAM_WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(CONTROL_TEXT), "isolated"),
+        ]
+    )
+    backend.decoder = decoders.Fuse()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=special_tokens(unk=True),
+        unk_token=UNK_TOKEN,
+        # with a million and 0.75, the library's own: twice the time for 1 % fewer tokens
+        seed_size=max(100_000, 10 * vocabulary_size),  # type: ignore[call-arg]  # missing in the library's stubs only
+        shrinking_factor=0.5,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def train_sentencepiece(texts: Sequence[str], vocabulary_size: int, algorithm: str = "bpe") -> bytes:
+    """The sentencepiece library with byte fallback, set so that text comes back as it was. Returns its model file.
+
+    Its own defaults change text: NFKC, a space put before the first word, runs of spaces made one. All are off.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        model_writer=model,
+        model_type=algorithm,
+        vocab_size=vocabulary_size,
+        character_coverage=1.0,  # of what it is given: `train` has left out the rare characters
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,  # indentation
+        pad_id=0, pad_piece=PAD_TOKEN, eos_id=1, eos_piece=END_TOKEN, unk_id=2, unk_piece=UNK_TOKEN, bos_id=-1,
+        control_symbols=list(ROLE_TOKENS),
+        max_sentence_length=1_000_000,  # bytes; longer lines are skipped, from 4192 on by default
+        num_threads=os.cpu_count() or 1,
+        minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def sentencepiece_to_fast(model: bytes, algorithm: str = "bpe") -> Backend:
+    """The same encodings from the `tokenizers` library, which AutoTokenizer loads and which gives character offsets.
+
+    No piece holds a space after another character, so cutting there changes nothing and lets short words be cached.
+    BPE gives the same ids for every text. Unigram adds up scores in double precision here, in single in sentencepiece:
+    where two splits are equally likely (a run of 11 spaces as 4+7 or 7+4) the one or the other may come out.
+    """
+    import sentencepiece
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(processor.get_piece_size())
+    pieces = [processor.id_to_piece(i) for i in ids]
+    cuts = [pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), "isolated")]
+    if algorithm == "unigram":
+        scored = [(piece, processor.get_score(i)) for i, piece in enumerate(pieces)]
+        backend = Tokenizer(models.Unigram(scored, unk_id=processor.unk_id(), byte_fallback=True))
+        cuts.append(pre_tokenizers.Split(Regex(CONTROL_TEXT), "isolated"))
+    else:
+        # SentencePiece joins the two neighbours whose union is the best piece. As a list of merges: every way to cut a
+        # piece in two known ones, better pieces first. (Its BPE scores are 0, -1, -2, ... in the order of the ids.)
+        normal = {
+            pieces[i] for i in ids if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))
+        }
+        merges = [
+            (piece[:cut], piece[cut:])
+            for piece in sorted(normal, key=lambda piece: -processor.get_score(processor.piece_to_id(piece)))
+            for cut in range(1, len(piece))
+            if piece[:cut] in normal and piece[cut:] in normal
+        ]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        backend = Tokenizer(
+            models.BPE(vocab=vocabulary, merges=merges, unk_token=UNK_TOKEN, fuse_unk=True, byte_fallback=True)
+        )
+    backend.normalizer = normalizers.Replace(" ", SPACE)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def with_chat(backend: Backend) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer with our special tokens and chat template; `save_pretrained` writes JSON only."""
+    from transformers import PreTrainedTokenizerFast
+
+    unk = {"unk_token": UNK_TOKEN} if backend.token_to_id(UNK_TOKEN) is not None else {}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=END_TOKEN,
+        extra_special_tokens=list(ROLE_TOKENS),
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **unk,
+    )
+    add_chat_template(tokenizer)
+    return tokenizer
+
+
+def train(kind: Kind, texts: Sequence[str], settings: Tokenizer) -> PreTrainedTokenizerFast:
+    """Train one kind on the texts. Raises UserError if the vocabulary is too large or too small for them."""
+    size = settings.vocabulary_size
+    if kind == "unigram":
+        texts = take(texts, settings.unigram_max_bytes)
+    if kind != "bpe":
+        texts = without_rare_characters(texts, settings.character_coverage)
+    if kind == "sentencepiece":
+        try:
+            model = train_sentencepiece(texts, size, settings.sentencepiece)
+        except RuntimeError as error:
+            # "... set it to a value <= 5000." or "... smaller than required_chars. 300 vs 400."
+            if (found := re.search(r"(?:<=|vs) (\d+)", str(error))) is None:
+                raise
+            raise UserError(_misfit(kind, size, int(found[1]))) from error
+        backend = sentencepiece_to_fast(model, settings.sentencepiece)
+    else:
+        backend = {"bpe": train_bpe, "wordpiece": train_wordpiece, "unigram": train_unigram}[kind](texts, size)
+    if (got := backend.get_vocab_size()) != size:
+        raise UserError(_misfit(kind, size, got))
+    return with_chat(backend)
+
+
+def _misfit(kind: str, asked: int, possible: int) -> str:
+    if asked > possible:
+        return (
+            f"tokenizer.vocabulary_size: {asked:,} is more than this text gives: {kind} ends at {possible:,} tokens; "
+            "ask for at most that, or give more text"
+        )
+    return (
+        f"tokenizer.vocabulary_size: {asked:,} is too small for {kind}: the characters of this text and the special "
+        f"tokens take {possible:,}; ask for more than that, or lower tokenizer.character_coverage"
+    )
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def without_rare_characters(texts: Sequence[str], coverage: float) -> list[str]:
+    """The texts without the rarest characters that make up the last 1 - coverage of them.
+
+    Every character of the text gets a piece of its own in a character vocabulary; a name in Georgian would take thirty.
+    """
+    alphabet = common_characters(texts, coverage)
+    rare = {ord(character): None for character in set().union(*map(set, texts)) - alphabet}
+    return [text.translate(rare) for text in texts]
+
+
+def common_characters(texts: Iterable[str], coverage: float) -> set[str]:
+    """The most frequent characters, as many as make up `coverage` of the text, and all of ASCII that it has."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    left = coverage * counts.total()
+    kept = {character for character in counts if character.isascii()}
+    for character, count in counts.most_common():
+        if left <= 0:
+            break
+        kept.add(character)
+        left -= count
+    return kept
+
+
+def take(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """The first texts, together at most max_bytes of UTF-8; the last one is cut."""
+    taken, left = [], max_bytes
+    for text in texts:
+        raw = text.encode()
+        if len(raw) > left:
+            text = raw[:left].decode(errors="ignore")
+        if text:
+            taken.append(text)
+        left -= len(raw)
+        if left <= 0:
+            break
+    return taken
+
+
+def training_text(data: Data, settings: Tokenizer) -> tuple[list[str], list[str]]:
+    """(texts to train on, held-out texts of `data`). Raises UserError if either is empty."""
+    from recipes.common.data import load_data
+
+    def shuffled(rows: Any) -> Any:  # a sample of all of it, not its first files; a stream comes as it comes
+        return rows if data.streaming else rows.shuffle(seed=data.seed)
+
+    splits = load_data(data, "text")
+    texts = take((row["text"] for row in shuffled(splits["train"])), settings.max_bytes)
+    held_out = take((row["text"] for row in splits["validation"]), HELD_OUT_BYTES)
+    if not texts or not held_out:
+        raise UserError(f"data.name: {data.name} has no text to {'train on' if not texts else 'measure on'}")
+    for name in settings.conversations:
+        source = replace(data, name=name, subset=None, split="train", validation_split=None, columns=None)
+        try:
+            rows = shuffled(load_data(source, "conversation")["train"])
+        except UserError as error:
+            raise UserError([p.replace("data.name", "tokenizer.conversations") for p in error.problems]) from error
+        texts += take((message["content"] for row in rows for message in row["messages"]), settings.max_bytes // 10)
+    random.Random(data.seed).shuffle(texts)  # so that the first ones are a sample of all
+    return texts, held_out
+
+
+def probes(seed: int) -> dict[str, list[str]]:
+    """Held-out texts by domain, the same whatever the tokenizers were trained on.
+
+    code: library files. english: the docstrings of these. chinese: questions from `tasks`, which are built from
+    templates, so a tokenizer that has seen `tasks` does better on them than on free text. unseen: no data has these.
+    """
+    from recipes.common.builtin import BUILTINS
+
+    files = [
+        row["text"] for row in BUILTINS["pydocs"].load("validation", seed) if not row["path"].startswith("topics/")
+    ]
+    questions = [row for row in BUILTINS["tasks"].load("validation", seed) if row["language"] == "zh"]
+    return {
+        "english": [docstring for file in files for docstring in docstrings(file)],
+        "chinese": [message["content"] for row in questions for message in row["messages"]],
+        "code": files,
+        "unseen": ["สวัสดีชาวโลก", "გამარჯობა მსოფლიო", "🦜🎲 ᚺᛖᛚᛚᛟ"],
+    }
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """The docstrings of a Python file, cleaned of indentation."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+Ids = list[list[int]]
+
+
+def bytes_per_token(texts: Sequence[str], ids: Ids) -> float:
+    """UTF-8 bytes that a token stands for, on average. 1.0 is raw bytes."""
+    return byte_count(texts) / sum(map(len, ids))
+
+
+def fertility(texts: Sequence[str], ids: Ids, unit: str = r"\S+") -> float:
+    r"""Tokens per word; with `unit` r"\S" per character, for scripts that do not put spaces between words."""
+    return sum(map(len, ids)) / sum(len(re.findall(unit, text)) for text in texts)
+
+
+def unknown_rate(ids: Ids, unk: int | None) -> float:
+    """The share of tokens that are <|unk|>: text that is lost."""
+    return sum(row.count(unk) for row in ids) / sum(map(len, ids)) if unk is not None else 0.0
+
+
+def byte_count(texts: Iterable[str]) -> int:
+    """Bytes of the texts in UTF-8."""
+    return sum(len(text.encode()) for text in texts)
+
+
+def measure(
+    tokenizer: PreTrainedTokenizerFast, domains: dict[str, list[str]], speed: Sequence[str]
+) -> dict[str, float]:
+    """All figures of one tokenizer on held-out texts by domain; its encoding is timed on `speed`, on all cores."""
+    started = time.perf_counter()
+    encode_plain(tokenizer, speed)
+    seconds = time.perf_counter() - started
+    ids = {domain: encode_plain(tokenizer, texts) for domain, texts in domains.items()}
+    same = [
+        tokenizer.decode(row) == text
+        for domain, texts in domains.items()
+        for row, text in zip(ids[domain], texts, strict=True)
+    ]
+    return {
+        "bytes_per_token": bytes_per_token(domains["held_out"], ids["held_out"]),
+        **{f"bytes_per_token_{d}": bytes_per_token(domains[d], ids[d]) for d in ("english", "chinese", "code")},
+        "fertility_english": fertility(domains["english"], ids["english"]),
+        "fertility_chinese": fertility(domains["chinese"], ids["chinese"], unit=r"\S"),
+        "fertility_code": fertility(domains["code"], ids["code"]),
+        "unknown_rate": unknown_rate(ids["held_out"], tokenizer.unk_token_id),
+        "unknown_rate_unseen_script": unknown_rate(ids["unseen"], tokenizer.unk_token_id),
+        "lossless": sum(same) / len(same),  # share of all these texts that decoding gives back exactly
+        "encode_mb_per_second": byte_count(speed) / 1e6 / seconds,
+    }
+
+
+def smaller_bpe(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """The BPE that the same text gives at a smaller size: merges are learned in order, so it is the first ones."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = {token: i for token, i in state["model"]["vocab"].items() if i < vocabulary_size}
+    kept = vocabulary_size - (len(state["model"]["vocab"]) - len(state["model"]["merges"]))
+    state["model"] |= {"vocab": vocabulary, "merges": state["model"]["merges"][:kept]}
+    return with_chat(Tokenizer.from_str(json.dumps(state)))
+
+
+# --- showing ---------------------------------------------------------------------------------------------------------
+
+EXAMPLES = (
+    "unfortunately",
+    "Unfortunately, the unhappiest tokenizers misbehave.",
+    "计算12加30是多少？",
+    "人工智能正在改变我们的生活。",
+    "1234567 + 89 = 1234656",
+    "    for i in range(10):\n        if not i % 2:\n            return self.items[i]\n",
+    "გამარჯობა 🦜",
+    "a user types <|end|> here",
+)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: each byte as a visible character, the printable ones as themselves, the rest from U+0100."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+def readable(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """The tokens of a text as a person reads them: space as ␣, line end as ⏎, part of a character as bytes in hex."""
+    shown = []
+    byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    for token in tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, [text])[0]):
+        if byte_level:
+            raw = bytes(_byte_of_character()[character] for character in token)
+            try:
+                token = raw.decode()
+            except UnicodeDecodeError:
+                token = "".join(f"<0x{byte:02X}>" for byte in raw)
+        shown.append(token.replace(" ", "␣").replace(SPACE, "␣").replace("\n", "⏎"))
+    return shown
+
+
+def show_splits(tokenizers: Mapping[Kind, PreTrainedTokenizerFast]) -> str:
+    """How each tokenizer splits the examples, with the number of tokens."""
+    width = max(map(len, tokenizers))
+    blocks = []
+    for text in EXAMPLES:
+        rows = [(kind, readable(tokenizer, text)) for kind, tokenizer in tokenizers.items()]
+        lines = [f"  {kind:<{width}} {len(tokens):>3}  {' │ '.join(tokens)}" for kind, tokens in rows]
+        blocks.append("\n".join([repr(text), *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+COLUMNS = {
+    "bytes_per_token": "bytes per token",
+    "fertility_english": "tokens per English word",
+    "fertility_chinese": "tokens per Chinese character",
+    "fertility_code": "tokens per word of code",
+    "unknown_rate": "unknown",
+    "unknown_rate_unseen_script": "unknown, unseen script",
+    "lossless": "texts that come back",
+    "train_seconds": "training, s",
+    "encode_mb_per_second": "encoding, MB/s",
+}
+
+
+def comparison(measured: Mapping[Kind, dict[str, float]]) -> list[list[str]]:
+    """A table: a row a figure, a column a tokenizer."""
+
+    def show(name: str, value: float) -> str:
+        return f"{value:.1%}" if name.startswith(("unknown", "lossless")) else f"{value:.2f}"
+
+    return [
+        ["", *measured],
+        *[[title, *[show(name, figures[name]) for figures in measured.values()]] for name, title in COLUMNS.items()],
+    ]
+
+
+def draw_domains(measured: Mapping[Kind, dict[str, float]]) -> Callable[[Axes], None]:
+    """Bars: bytes per token by domain and tokenizer."""
+    names = {"bytes_per_token": "held-out text", **{f"bytes_per_token_{d}": d for d in ("english", "chinese", "code")}}
+
+    def draw(axes: Axes) -> None:
+        width = 0.8 / len(measured)
+        for column, (kind, figures) in enumerate(measured.items()):
+            places = [row + (column - (len(measured) - 1) / 2) * width for row in range(len(names))]
+            bars = axes.bar(places, [figures[name] for name in names], width * 0.92, label=kind)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="raw bytes")
+        axes.set_axisbelow(True)
+        axes.set_xticks(range(len(names)), [name.capitalize() for name in names.values()])
+        axes.set_ylabel("bytes per token (more is shorter)")
+        axes.grid(axis="x", visible=False)
+        axes.legend(frameon=False, ncols=len(measured) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+    return draw
+
+
+def draw_sizes(
+    tokenizer: PreTrainedTokenizerFast, held_out: Sequence[str], measured: Mapping[Kind, dict[str, float]]
+) -> Callable[[Axes], None]:
+    """The curve of BPE's bytes per token over the vocabulary size, and where the other tokenizers stand."""
+    full = len(tokenizer)
+    sizes = [size for size in (2**power for power in range(9, 30)) if size < full]
+    curve = [bytes_per_token(held_out, encode_plain(smaller_bpe(tokenizer, size), held_out)) for size in sizes]
+
+    def draw(axes: Axes) -> None:
+        axes.plot([*sizes, full], [*curve, measured["bpe"]["bytes_per_token"]], "o-", label="bpe")
+        for color, (kind, figures) in enumerate(measured.items()):
+            if kind != "bpe":
+                axes.plot([full], [figures["bytes_per_token"]], "D", color=f"C{color}", label=kind)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([*sizes, full], [f"{size:,}" for size in [*sizes, full]])
+        axes.minorticks_off()
+        axes.set_xlabel("vocabulary size")
+        axes.set_ylabel("bytes per token, held-out text")
+        axes.legend(frameon=False)
+
+    return draw
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def check(settings: Tokenizer) -> None:
+    """Raise UserError with everything that is wrong in the tokenizer section."""
+    problems = []
+    if not settings.kinds:
+        problems.append(f"tokenizer.kinds: the list is empty; choose from {', '.join(KINDS)}")
+    if settings.kinds and settings.save not in settings.kinds:
+        problems.append(
+            f"tokenizer.save: {settings.save!r} is not among the kinds that are trained ({', '.join(settings.kinds)}); "
+            f"add it to tokenizer.kinds, or save {settings.kinds[0]}"
+        )
+    least = 256 + len(special_tokens(unk="sentencepiece" in settings.kinds))
+    if settings.vocabulary_size <= least and {"bpe", "sentencepiece"} & set(settings.kinds):
+        problems.append(
+            f"tokenizer.vocabulary_size: {settings.vocabulary_size} leaves no room for merges: the 256 bytes and the "
+            f"special tokens take {least}; use 512 or more"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def main(config: Config, run: RunFolder) -> dict[str, float]:
+    """Text, train each kind, measure it on held-out text, save, show."""
+    settings = config.tokenizer
+    check(settings)
+    texts, held_out = training_text(config.data, settings)
+    run.say(f"  text: {byte_count(texts) / 1e6:.1f} MB to train on, {byte_count(held_out) / 1e6:.2f} MB held out")
+    if run.dry:
+        kinds = ", ".join(settings.kinds)
+        run.say(
+            f"  would train {kinds}, {settings.vocabulary_size:,} tokens each, and save {settings.save} as the model's"
+        )
+        raise DryRunDone
+
+    domains = {"held_out": held_out, **probes(config.data.seed)}
+    tokenizers: dict[Kind, PreTrainedTokenizerFast] = {}
+    measured: dict[Kind, dict[str, float]] = {}
+    for number, kind in enumerate(dict.fromkeys(settings.kinds), 1):
+        started = time.perf_counter()
+        tokenizers[kind] = train(kind, texts, settings)
+        seconds = time.perf_counter() - started
+        measured[kind] = {**measure(tokenizers[kind], domains, take(texts, 2_000_000)), "train_seconds": seconds}
+        run.log(number, kind=kind, **measured[kind])
+        figure = measured[kind]["bytes_per_token"]
+        run.say(f"  {number}/{len(settings.kinds)} {kind}: {figure:.2f} bytes per token, trained in {seconds:.1f} s")
+    for kind, tokenizer in tokenizers.items():
+        run.save_model(tokenizer, folder="model" if kind == settings.save else f"model-{kind}")
+
+    table = comparison(measured)
+    width = max(len(row[0]) for row in table)
+    run.say("\n" + "\n".join(f"  {row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in table))
+    run.sample("splits.txt", show_splits(tokenizers))
+    run.plot("bytes_per_token", draw_domains(measured))
+    if "bpe" in tokenizers:
+        run.plot("vocabulary_size", draw_sizes(tokenizers["bpe"], held_out, measured))
+    markdown = [f"| {' | '.join(row)} |" for row in table]
+    run.card("\n".join([markdown[0], "|---" + "|---:" * len(measured) + "|", *markdown[1:]]))
+    run.card(
+        "Encode training text with `tokenizer(text, split_special_tokens=True)`: without it, a document that holds the "
+        "characters `<|end|>` yields the control token. The chat template does the same for messages. "
+        "The Chinese figures are on held-out questions of `tasks`, which are made from templates. WordPiece drops "
+        "whitespace, which the others spend tokens on: compare its bytes per token with what comes back."
+    )
+    return {
+        "bytes_per_token": measured[settings.save]["bytes_per_token"],
+        "baseline_bytes_per_token": 1.0,  # raw bytes
+        "vocabulary_size": len(tokenizers[settings.save]),
+        **{f"{kind}_{name}": figures[name] for kind, figures in measured.items() for name in COLUMNS},
+    }
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
