@@ -360,8 +360,10 @@ def corpus(tmp_path_factory) -> Path:
 
 def test_the_recipe_trains_compares_and_saves(corpus, tmp_path, capsys):
     chats = tmp_path / "chats.jsonl"
-    messages = [{"role": "user", "content": "鹏鹏鹏鹏?" * 9}, {"role": "assistant", "content": "鲲鲲鲲鲲!" * 9}]
-    chats.write_text(f"{json.dumps({'messages': messages})}\n" * 40)
+    for n in range(40):
+        messages = [{"role": "user", "content": f"{n} 鹏鹏鹏鹏?"}, {"role": "assistant", "content": "鲲鲲鲲鲲!" * 9}]
+        with chats.open("a") as file:
+            file.write(json.dumps({"messages": messages}) + "\n")
     code = run(
         "--data.name", str(corpus), "--tokenizer.vocabulary_size", "1500", "--tokenizer.max_bytes", "200000",
         "--tokenizer.save", "sentencepiece", "--tokenizer.conversations", f"[{chats}]", root=tmp_path,
