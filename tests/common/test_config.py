@@ -452,7 +452,7 @@ MISTAKES: list[tuple[str, str | bytes | None, list[str], list[str]]] = [
     ("null for text", "run:\n  name:", [], ["must be text, not null", "cpu.yaml:2"]),
     ("list for text", "run: {name: [a]}", [], ["must be text, not a list"]),
     ("text for a list", "run: {tags: a}", [], ["must be a list of texts, not `a`", "write `[a]`"]),
-    ("wrong item", "run: {sizes: [1, x]}", [], ["must be a list of whole numbers, not a list"]),
+    ("wrong item", "run: {sizes: [1, x]}", [], ["must be a list of whole numbers, not `[1, x]`"]),
     ("text for a mapping", "model: {config: llama}", [], ["must be a mapping or null, not `llama`"]),
     ("mapping for a number", "run: {rate: {a: 1}}", [], ["must be a number, not a mapping"]),
     ("key inside of a number", None, ["--run.rate.x", "1"], ["must be a number, not a mapping", "(--run.rate.x)"]),

@@ -83,6 +83,15 @@ KEYS = st.one_of(
     st.text(max_size=5),
     st.sampled_from([1, 1.5, None, True]),
 )
+ODD_TEXTS = ["null", "1", "{a: 1}", "[", "-1", "1e400", "*a", "{a: &a [*a]}"]
+GOOD_FLAGS = [
+    ["--run.name", "y"],
+    ["--training.max_steps=3"],
+    ["--optional.seed", "3"],
+    ["--optional", "null"],
+    ["--model.config.layers", "[1, 2]"],
+    ["--topic.pair", "[1, 2]"],
+]
 PIECES = ["\t", "\n", "  ", ":", "- ", "{", "}", "[", "]", "'", '"', "&a ", "*a", "!!int ", "!x ", "#", "|\n"]
 PIECES += [">\n", "---\n", "%", "<<: ", "\x00"]
 
@@ -97,8 +106,9 @@ def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 @st.composite
 def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
     """A good config, spoilt one to four times: a tree, a text, a command line."""
+    where = draw(st.sampled_from(["tree", "text", "flags", "everywhere"]))
     tree = copy.deepcopy(GOOD)
-    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3]))):
+    for _ in range(draw(st.integers(1, 3)) if where in ("tree", "everywhere") else 0):
         places = list(_places(tree))
         if not places:
             break
@@ -106,7 +116,7 @@ def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
         parent = tree
         for step in above:
             parent = parent[step]
-        how = draw(st.sampled_from(["rename", "drop", "replace", "nest", "list", "move", "add"]))
+        how = draw(st.sampled_from(["drop", "drop", "drop", "rename", "replace", "nest", "list", "move", "add"]))
         if how == "rename":
             parent[draw(KEYS)] = parent.pop(key)
         elif how == "drop":
@@ -122,7 +132,7 @@ def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
         else:
             parent[draw(KEYS)] = copy.deepcopy(draw(ODD_VALUES))  # drawn lists are shared
     lines = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).split("\n")
-    for _ in range(draw(st.sampled_from([0, 0, 0, 1]))):
+    for _ in range(1 if where in ("text", "everywhere") else 0):
         at = draw(st.integers(0, len(lines) - 1))
         how = draw(st.sampled_from(["duplicate", "delete", "insert", "indent"]))
         if how == "duplicate":
@@ -135,27 +145,14 @@ def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
             column = draw(st.integers(0, len(lines[at])))
             lines[at] = lines[at][:column] + draw(st.sampled_from(PIECES)) + lines[at][column:]
     data = "\n".join(lines).encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 20)) == 0:
+    if where == "text" and draw(st.integers(0, 9)) == 0:
         data = data[: draw(st.integers(0, len(data)))] + draw(st.binary(max_size=3))
     argv: list[str] = []
-    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+    for _ in range(draw(st.integers(1, 2)) if where in ("flags", "everywhere") else 0):
         section, name = draw(st.sampled_from([*GOOD, "optional", "zzz"])), str(draw(KEYS))
-        value = draw(
-            st.one_of(
-                st.text(max_size=6), st.sampled_from(["null", "1", "{a: 1}", "[", "-1", "1e400", "*a", "{a: &a [*a]}"])
-            )
-        )
-        argv += draw(
-            st.sampled_from(
-                [
-                    [f"--{section}.{name}", value],
-                    [f"--{section}.{name}={value}"],
-                    [f"--{name}", value],
-                    [f"--{section}", value],
-                    [value],
-                ]
-            )
-        )
+        value = draw(st.one_of(st.text(max_size=6), st.sampled_from(ODD_TEXTS)))
+        odd = [[f"--{section}.{name}", value], [f"--{section}.{name}={value}"], [f"--{name}", value], [value]]
+        argv += draw(st.one_of(st.sampled_from(GOOD_FLAGS), st.sampled_from([*odd, [f"--{section}", value]])))
     return data, argv
 
 

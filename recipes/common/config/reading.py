@@ -275,8 +275,11 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return yaml.dump(plain(dict(values)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
-def kind(node: Node) -> str:
-    """What the user wrote, in words."""
+def kind(node: Node, shown: bool = False) -> str:
+    """What the user wrote, in words; a list or a mapping itself where it is to be `shown`."""
+    if shown and isinstance(node.value, dict | list):
+        text = flow(node.plain())
+        return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
     if isinstance(node.value, dict):
         return "a mapping"
     if isinstance(node.value, list):

@@ -179,6 +179,11 @@ def choices_of(hint: Any) -> list[Any]:
     return found
 
 
+def containers(hint: Any) -> set[Any]:
+    """Which of list and dict the annotation takes at all: then it is something inside that was refused."""
+    return {get_origin(m) or m for m in alternatives(_judged(hint))} & {list, dict}
+
+
 def narrowed(name: str, hint: Any) -> Any:
     """A library's annotation with the bound that the library does not state."""
     members = alternatives(hint)

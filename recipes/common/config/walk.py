@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.common.config.reading import DEFAULT, Node, kind
 from recipes.common.config.schema import Field, Library, keys_of
-from recipes.common.config.values import FINITE, Refused, fix, narrowed, parse_value, words
+from recipes.common.config.values import FINITE, Refused, containers, fix, narrowed, parse_value, words
 
 # What people write for a key: its name in older versions of the libraries, or a short one.
 RENAMED = {
@@ -162,8 +162,9 @@ class Walk:
         if field.section is not None:
             expected = f"a mapping or {expected}"
         remedy = trap or fix(hint, node, default)
+        inside = isinstance(node.value, dict | list) and type(node.value) in containers(hint)
         if not node.said:
-            self.problems.append(f"`{path}` must be {expected}, not {kind(node)}{remedy} {node.where}")
+            self.problems.append(f"`{path}` must be {expected}, not {kind(node, inside)}{remedy} {node.where}")
 
     def _record(self, path: str, node: Node) -> None:
         self.origins[path] = node.origin
