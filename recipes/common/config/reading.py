@@ -275,9 +275,9 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return yaml.dump(plain(dict(values)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
-def kind(node: Node, shown: bool = False) -> str:
-    """What the user wrote, in words; a list or a mapping itself where it is to be `shown`."""
-    if shown and isinstance(node.value, dict | list):
+def kind(node: Node, whole: bool = False) -> str:
+    """What the user wrote, in words; a list or a mapping itself if `whole`."""
+    if whole and isinstance(node.value, dict | list):
         text = flow(node.plain())
         return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
     if isinstance(node.value, dict):
