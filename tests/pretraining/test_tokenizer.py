@@ -139,6 +139,7 @@ def test_a_smaller_bpe_is_the_one_trained_at_that_size(texts, bpe, held_out):
     cut = recipe.smaller_bpe(bpe, 600)
     trained = recipe.train("bpe", texts, recipe.Tokenizer(vocabulary_size=600))
     assert cut.get_vocab() == trained.get_vocab()
+    assert merges_of(cut.backend_tokenizer) == merges_of(trained.backend_tokenizer)
     assert encode_plain(cut, [held_out]) == encode_plain(trained, [held_out])
 
 
@@ -161,6 +162,13 @@ def test_python_lines(bpe):
     assert recipe.readable(bpe, source) == [
         "def", "␣f", "(self", "):⏎␣␣␣␣␣␣␣", "␣return", "␣self", "⏎⏎␣␣␣", "␣return", "␣", "1", "⏎",
     ]  # fmt: skip
+
+
+def test_chinese_punctuation_stands_alone(bpe):
+    """Otherwise an item is one token at the start of a list and another one after a comma."""
+    tokens = recipe.readable(bpe, "苹果、梨、桃子，苹果。")
+    assert [token for token in tokens if token[0] in "、，。"] == ["、", "、", "，", "。"]
+    assert tokens.count("苹果") == 2
 
 
 @settings(max_examples=200, deadline=None)
