@@ -25,7 +25,15 @@ from recipes.common.launch import environment_defaults  # noqa: E402
 environment_defaults()
 
 from recipes.common.errors import UserError  # noqa: E402
-from recipes.common.generation import inference, model_positions, pad_id, plain_choices, stop_ids  # noqa: E402
+from recipes.common.generation import (  # noqa: E402
+    decode,
+    inference,
+    model_positions,
+    pad_id,
+    plain_choices,
+    prompt_ids,
+    stop_ids,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +73,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     set_verbosity_error()
     section, nowhere = Model(name=name, dtype="auto"), RunFolder(Path("runs/chat"), recipe="chat", dry=True)
     tokenizer = load_tokenizer(section, nowhere, chat=True)
-    model = load_model(section, tokenizer, nowhere)
+    model: Any = load_model(section, tokenizer, nowhere)
     return model.to("cuda" if has_gpu() else "cpu").eval(), tokenizer
 
 
@@ -87,11 +95,11 @@ class Words:
             self.ended = token in self.stops
             if not self.ended:
                 self.ids.append(token)
-        self._show(self.tokenizer.decode(self.ids), whole="\ufffd")
+        self._show(decode(self.tokenizer, self.ids), whole="\ufffd")
 
     def end(self) -> None:
         """The answer is finished: show what is left, incomplete characters too."""
-        self._show(self.tokenizer.decode(self.ids))
+        self._show(decode(self.tokenizer, self.ids))
 
     def _show(self, text: str, whole: str | None = None) -> None:
         if whole:
@@ -174,9 +182,7 @@ class Chat:
         positions = model_positions(self.model)
         dropped = 0
         while True:
-            prompt = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
+            (prompt,) = prompt_ids(self.tokenizer, [self.messages])
             if positions is None or len(prompt) + min(self.max_new_tokens, positions // 4) <= positions:
                 break
             if len(self.messages) == 1:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common.builtin import tasks
 from recipes.common.errors import UserError
@@ -45,18 +45,25 @@ def generate(
     any other special token that the model wrote stays in it, so that a run-on answer is seen for what it is.
     Raises UserError for a prompt that leaves no room for an answer within the model's positions.
     """
-    encoded = (
-        tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True) if prompts else {}
-    )
     stops = stop_ids(model, tokenizer)
     answers = generate_ids(
-        model, encoded.get("input_ids", []), stop=stops, pad=pad_id(tokenizer), max_new_tokens=max_new_tokens,
+        model, prompt_ids(tokenizer, prompts), stop=stops, pad=pad_id(tokenizer), max_new_tokens=max_new_tokens,
         batch_size=batch_size, temperature=temperature, seed=seed, bf16=bf16,
     )  # fmt: skip
-    return [
-        tokenizer.decode(answer[:-1] if answer and answer[-1] in stops else answer, clean_up_tokenization_spaces=False)
-        for answer in answers
-    ]
+    return [decode(tokenizer, answer[:-1] if answer and answer[-1] in stops else answer) for answer in answers]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
+    """The ids that each conversation is asked with: rendered by the chat template, ready for the assistant's words."""
+    if not prompts:
+        return []
+    encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
+    return encoded["input_ids"]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer, special tokens shown."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def generate_ids(
@@ -86,7 +93,7 @@ def generate_ids(
             f"{len(too_long)} prompt(s) leave no room for an answer: the longest has {max(too_long)} tokens and the "
             f"model {positions} positions; shorten the prompts, or take a model with more positions"
         )
-    device = next(model.parameters()).device
+    device, engine = next(model.parameters()).device, cast(Any, model)  # the stubs take `generate` for a tensor
     order = sorted(range(len(prompts)), key=lambda i: (rooms[i], -len(prompts[i])))
     answers: list[list[int]] = [[] for _ in prompts]
     cuda = [device.index or 0] if device.type == "cuda" else []
@@ -98,7 +105,7 @@ def generate_ids(
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
             with plain_choices(base):
-                out = model.generate(
+                out = engine.generate(
                     input_ids=ids, attention_mask=mask,
                     generation_config=_choices(temperature, rooms[chosen[0]], stop, pad),
                 )  # fmt: skip
@@ -150,7 +157,7 @@ def inference(model: nn.Module, *, bf16: bool = False) -> Iterator[Any]:
         module._compiled_call_impl = None
     try:
         with torch.no_grad(), autocast:
-            yield model.get_base_model() if hasattr(model, "get_base_model") else model
+            yield cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     finally:
         for module, training, compiled in modes:
             module.training, module._compiled_call_impl = training, compiled

@@ -6,9 +6,9 @@ import copy
 from dataclasses import dataclass
 from itertools import islice
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from recipes.common.generation import exact_match, generate, inference, is_checkable, prompt_of
+from recipes.common.generation import exact_match, generate, inference, is_checkable, pad_id, prompt_of
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Evaluation
 from recipes.common.sft_packing import IGNORED, PackedRows
@@ -36,7 +36,7 @@ def make_trainer(
     from trl import SFTTrainer
 
     args = copy.copy(args)
-    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
     args.assistant_only_loss, args.eos_token = False, None  # done by `prepare`; TRL would look for messages again
     trainer = SFTTrainer(
         model,
@@ -50,10 +50,14 @@ def make_trainer(
     # cost: it never looks outside a document); the other kernels do it in any row.
     if args.packing and not model.config._attn_implementation.startswith("flash"):
         assert args.max_length is not None
-        pad = trainer.data_collator.pad_token_id
-        trainer.data_collator = PackedRows(pad, args.max_length, args.per_device_train_batch_size)
+        trainer.data_collator = PackedRows(pad_id(tokenizer), args.max_length, args.per_device_train_batch_size)
     score_only_answers(trainer)
     return trainer
+
+
+def model_of(trainer: SFTTrainer) -> Any:
+    """The model that learns, not wrapped for distribution; of whatever class the recipe made it."""
+    return trainer.model
 
 
 def announce(trainer: SFTTrainer, run: RunFolder) -> dict[str, torch.Tensor]:
@@ -62,10 +66,10 @@ def announce(trainer: SFTTrainer, run: RunFolder) -> dict[str, torch.Tensor]:
     from recipes.common.training import total_steps
 
     batch = next(iter(trainer.get_train_dataloader()))
-    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
+    preflight(run, model_of(trainer), batch, args=trainer.args, total_steps=total_steps(trainer))
     if scores_only_answers(trainer):
         # MFU must not count the products that are saved: the head's, for tokens that are not learned
-        head = trainer.model.get_output_embeddings().weight
+        head = model_of(trainer).get_output_embeddings().weight
         saved = 1 - (batch["labels"] != IGNORED).float().mean().item()
         run.figures["flops_per_token"] -= (6 if head.requires_grad else 4) * head.numel() * saved
     return batch
@@ -73,7 +77,7 @@ def announce(trainer: SFTTrainer, run: RunFolder) -> dict[str, torch.Tensor]:
 
 def scores_only_answers(trainer: SFTTrainer) -> bool:
     """Whether `score_only_answers` applies: on a processor, to models that neither scale nor cap their logits."""
-    config = trainer.model.config.get_text_config()
+    config = model_of(trainer).config.get_text_config()
     reshaping = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     reshaped = any(getattr(config, name, None) not in (None, 1.0) for name in reshaping)
     return trainer.args.device.type == "cpu" and not reshaped and not getattr(config, "output_router_logits", False)
@@ -87,7 +91,8 @@ def score_only_answers(trainer: SFTTrainer) -> None:
     """
     if not scores_only_answers(trainer):
         return
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = model_of(trainer)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     fused_forward = base.forward
 
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -143,12 +148,13 @@ def held_out_loss(trainer: SFTTrainer) -> float:
     import torch
 
     accelerator, size = trainer.accelerator, trainer.args.per_device_eval_batch_size
-    mine = islice(trainer.eval_dataset, accelerator.process_index, None, accelerator.num_processes)
+    data, model = cast("Dataset", trainer.eval_dataset), model_of(trainer)
+    mine = islice(data, accelerator.process_index, None, accelerator.num_processes)
     total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
-    with inference(trainer.model, bf16=trainer.args.bf16):
+    with inference(model, bf16=trainer.args.bf16):
         while samples := list(islice(mine, size)):
             batch = trainer._prepare_inputs(trainer.data_collator(samples))
-            out = trainer.model(**batch, use_cache=False, fused_lm_head=True)
+            out = model(**batch, use_cache=False, fused_lm_head=True)
             total += torch.stack([-out.log_probs.double().sum(), out.label_mask.double().sum()])
     total = accelerator.reduce(total)
     return round(float(total[0] / total[1].clamp(min=1)), 4)
@@ -186,7 +192,7 @@ def measure(
         (checkable if is_checkable(row) else others).append(row)
         if len(checkable) >= evaluation.max_samples and len(others) >= SHOWN:
             break
-    model, bf16 = trainer.model, trainer.args.bf16
+    model, bf16 = model_of(trainer), trainer.args.bf16
     figures: dict[str, float] = {}
     answers: list[dict[str, Any]] = []
     if checkable:
@@ -263,7 +269,7 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder
         if run.is_main:
             tokenizer.save_pretrained(run.path / "model")
     else:
-        run.save_model(trainer.model, tokenizer)
+        run.save_model(model_of(trainer), tokenizer)
 
 
 def sharded(trainer: SFTTrainer) -> bool:

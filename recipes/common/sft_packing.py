@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
-from recipes.common.generation import model_positions, prompt_of
+from recipes.common.generation import decode, model_positions, prompt_ids, prompt_of
 from recipes.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 IGNORED = -100  # a label that the loss leaves out
+DRY_SAMPLES = 2000  # looked at by a dry run
 
 
 def prepare(
@@ -42,6 +43,12 @@ def prepare(
     training.max_length, which costs an answer its stop token, and how many had nothing left to learn. Raises UserError
     when the chat template cannot mask, leaves the stop token outside the mask, or no sample has anything to learn.
     """
+    from datasets import IterableDataset
+
+    if isinstance(data["train"], IterableDataset) and args.max_steps < 1:
+        raise UserError(
+            "training.max_steps: a stream (data.streaming) has no known length, so say how many steps to take"
+        )
     _set_stop_token(tokenizer, model, args)
     _fit_length(model, args, run)
     template = _training_template(tokenizer, args)
@@ -49,7 +56,10 @@ def prepare(
     made = {}
     for split in ("train", "validation"):
         if split in data:
-            rows = _tokenize(data[split], tokenizer, template, args)
+            whole = data[split]
+            if run.dry and args.max_steps > 0:  # the steps are known, so a dry run need not see all samples
+                whole = whole.take(DRY_SAMPLES)
+            rows = _tokenize(whole, tokenizer, template, args)
             packing = args.packing if split == "train" or args.eval_packing is None else args.eval_packing
             made[split] = _fit_rows(rows, split, args, run, packing)
     if not args.assistant_only_loss:
@@ -119,7 +129,7 @@ def _rendered(
         [(conversations, None)] if not any(tools) else [([c], t) for c, t in zip(conversations, tools, strict=True)]
     )
     for group, tool in groups:
-        made = tokenizer.apply_chat_template(group, tools=json.loads(tool) if tool else None, **options)
+        made: Any = tokenizer.apply_chat_template(group, tools=json.loads(tool) if tool else None, **options)
         ids += made["input_ids"]
         masks += made["assistant_masks"] if masked else [[1] * len(row) for row in made["input_ids"]]
     return ids, masks
@@ -153,7 +163,7 @@ def _check_template(
                 "stop token inside {% generation %} ... {% endgeneration %} (model.chat_template)"
             )
     prompts = [prompt_of(row) for row in first]
-    asked = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    asked = prompt_ids(tokenizer, prompts)
     differing = next(
         (i for i, (prompt, row) in enumerate(zip(asked, ids, strict=True)) if row[: len(prompt)] != prompt), None
     )
@@ -173,7 +183,7 @@ def _check_template(
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(ids)
+    text = decode(tokenizer, ids)
     return repr(text if len(text) <= 120 else f"{text[:57]} ... {text[-57:]}")
 
 
@@ -188,7 +198,7 @@ def _tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, template: str |
         ]
         return {"input_ids": ids, "labels": labels}
 
-    return _map(rows, encode, args, remove_columns=rows.column_names)
+    return _map(rows, encode, args, remove_columns=rows.column_names or list(next(iter(rows))))
 
 
 def _map(rows: Dataset, function: Callable[..., Any], args: SFTConfig, **options: Any) -> Dataset:
@@ -244,6 +254,7 @@ def _fit_rows(rows: Dataset, split: str, args: SFTConfig, run: RunFolder, packin
             )
     if not packing:
         return kept
+    assert longest is not None  # `_fit_length` saw to it
     if args.shuffle_dataset and split == "train":
         kept = kept.shuffle(seed=args.seed)
     packed = pack_dataset(kept, longest, args.packing_strategy)

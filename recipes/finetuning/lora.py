@@ -78,7 +78,7 @@ def closed_form(model: peft.PeftModel) -> tuple[int, int]:
     """How many matrices are adapted, and the sum of r (in + out) over them, from the shapes of the frozen weights."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     sizes = [layer.r["default"] * (layer.in_features + layer.out_features) for layer in layers]
     return len(layers), sum(sizes)
 
@@ -128,8 +128,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
             "lora: merging needs the whole model in each process; launch with ddp, zero1 or zero2 (the base is frozen, "
             "so its weights are all that a device must hold)"
         )
-    matrices, expected = closed_form(trainer.model)
-    names = ", ".join(sorted(trainer.model.peft_config["default"].target_modules))
+    adapted = sft.model_of(trainer)
+    matrices, expected = closed_form(adapted)
+    names = ", ".join(sorted(adapted.peft_config["default"].target_modules))
     run.say(f"  lora: {matrices} matrices ({names}), sum of r (in + out) = {expected:,}")
     batch = sft.announce(trainer, run)
 
@@ -137,9 +138,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     after = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "after")
 
-    run.save_model(trainer.model, tokenizer, folder="adapter")
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # full precision again
-    merged, difference = merge(trained, batch)
+    run.save_model(adapted, tokenizer, folder="adapter")
+    full_precision = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)  # no autocast around it
+    merged, difference = merge(full_precision, batch)
     run.save_model(merged, tokenizer)
     return {**sft.report(run, before, after), "merge_max_logit_difference": difference}
 

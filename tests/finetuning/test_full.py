@@ -122,6 +122,14 @@ def test_packed_or_not_it_learns_the_same_task(
     assert done.figures["eval_loss"] < 0.4
 
 
+def test_a_stream_is_trained_on_as_it_comes(
+    run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    done = run_in_process(full, arguments(chat_model, questions, {"data.streaming": "true"}), tmp_path)
+    assert done.code == 0, done.err
+    assert done.figures["eval_loss"] < 0.4
+
+
 def test_compiled_training_compiles_one_shape(
     run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +200,7 @@ BAD: dict[str, tuple[Callable[[Path], Changes], str]] = {
     "wrapped packing": (lambda _: {"training.packing_strategy": "wrapped"}, "use bfd"),
     "longer than the model": (lambda _: {"training.max_length": "4096"}, "the model has 256 positions"),
     "no such stop token": (lambda _: {"training.eos_token": "<eot>"}, "training.eos_token"),
+    "a stream of unknown length": (lambda _: {"data.streaming": "true", "training.max_steps": -1}, "max_steps"),
     "no such template file": (lambda _: {"model.chat_template": "nowhere.jinja"}, "no such file"),
     "misspelt key": (lambda _: {"training.max_lenght": "64"}, "max_length"),
     "a made-up architecture": (
