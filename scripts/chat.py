@@ -288,4 +288,7 @@ def main(argv: list[str], stdin: TextIO, stdout: TextIO) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], sys.stdin, sys.stdout))
+    try:
+        sys.exit(main(sys.argv[1:], sys.stdin, sys.stdout))
+    except KeyboardInterrupt:  # while the model was loading
+        sys.exit(130)

@@ -221,3 +221,24 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert told in done.err
     assert "Traceback" not in done.err
     assert not list(done.folder.glob("checkpoints/*"))
+
+
+def test_real_instructions_in_two_languages(
+    run_in_process: Run, chat_model: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    """configs/finetuning/full/real.yaml, shortened: Alpaca in English and Chinese."""
+    folder = shared_data / "llama_factory"
+    files = f"[{folder / 'alpaca_en_demo.json'}, {folder / 'alpaca_zh_demo.json'}]"
+    few = {
+        "data.max_samples": 300,
+        "training.max_steps": 12,
+        "training.max_length": 256,
+        "training.learning_rate": 5e-3,
+    }
+    done = run_in_process(full, ["--config", "real", *arguments(chat_model, files, few)], tmp_path)
+    assert done.code == 0, done.err
+    assert "exact_match" not in done.figures
+    assert done.figures["eval_loss"] < done.figures["baseline_loss"] - 0.5
+    assert "samples are longer than training.max_length 256" in done.out
+    answers = (done.folder / "samples" / "answers.md").read_text().splitlines()
+    assert len(answers) == 2 + 8
