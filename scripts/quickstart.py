@@ -40,10 +40,11 @@ class Stage:
     chapter: str
     title: str
     minutes: float
+    arguments: tuple[str, ...] = ()
 
 
 STAGES = [
-    Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3),
+    Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, ("--tokenizer.kinds", "[bpe]")),
     Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 6.5),
     Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.5),
     Stage("reward_model", "alignment", "a reward model from ranked answers", 1.3),
@@ -77,7 +78,7 @@ def run_stage(stage: Stage, root: Path, extra: list[str]) -> None:
     folder = folder_of(root, stage.recipe)
     module = importlib.import_module(f"recipes.{stage.chapter}.{stage.recipe}")
     resume = ["--run.resume", "true"] if (folder / "config.yaml").exists() else []
-    code = run_recipe(module.main, module.Config, ["--run.root", str(root), *resume, *extra])
+    code = run_recipe(module.main, module.Config, ["--run.root", str(root), *stage.arguments, *resume, *extra])
     if code != 0:
         sys.exit(code)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from recipes.common.config import Loaded, help_text, load_config, to_yaml
 from recipes.common.errors import DryRunDone, Interrupted, UserError
-from recipes.common.launch import check_world_size, environment_defaults, launcher_arguments
+from recipes.common.launch import check_sharding, check_world_size, environment_defaults, launcher_arguments
 from recipes.common.run_folder import RunFolder, open_folder, wait_for_everyone, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,10 @@ def run_recipe(main: Callable[[Any, RunFolder], dict[str, Any]], config_class: t
     """Run a recipe from its command line. With `argv` (tests, the quickstart) gives the exit code; without, exits with it."""
     code = _guarded(main, config_class, sys.argv[1:] if argv is None else argv)
     if argv is None:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `| head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code)
     return code
 
@@ -38,10 +41,15 @@ def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list
     try:
         _run(main, config_class, launcher_arguments(argv))
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # rank 0 most often has the same to say: its launcher stops the others before they repeat it
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     except DryRunDone:
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Interrupted as stop:
         print(f"interrupted: {stop}; go on with --run.resume true", file=sys.stderr)
@@ -101,7 +109,11 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
     started = time.perf_counter()
     _check_run_name(run_values)
     _set_threads(run_values.get("threads"))
+    _quiet_libraries()
     config = loaded.build()
+    if (training := getattr(config, "training", None)) is not None:
+        check_sharding(training)
+        training._n_gpu = min(training.n_gpu, 1)  # one process, one GPU: the Trainer would wrap the model in DataParallel
     run = open_folder(
         where["run"], recipe=recipe, fingerprint=saved_config(loaded), dry=loaded.dry_run, given=_dotted(loaded),
         resume=bool(run_values.get("resume")), overwrite=bool(run_values.get("overwrite")),
@@ -146,6 +158,15 @@ def _set_threads(asked: int | None) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _quiet_libraries() -> None:
+    """One line a step is ours; the libraries' progress bars would break it up."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _say_choices(run: RunFolder, config: Any) -> None:

@@ -141,7 +141,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, llama.block_length, mask_documents=llama.mask_documents)
-    held_out = data["validation"]["text"]
+    held_out = [row["text"] for row in data["validation"]]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {key: torch.tensor([row[key] for row in rows], dtype=torch.long) for key in rows[0]}  # (batch, block_length)
@@ -171,7 +171,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     sizes = {"eval_bytes": sum(len(text.encode()) for text in held_out)}
     scored = bits_per_byte(model, tokenizer, held_out, llama.block_length, llama.evaluation_stride)
-    baseline = xz_bits_per_byte(data["train"]["text"], held_out) if llama.compare_with_xz else {}
+    baseline = xz_bits_per_byte([row["text"] for row in data["train"]], held_out) if llama.compare_with_xz else {}
     return {"bits_per_byte": scored, **baseline, **sizes}
 
 
