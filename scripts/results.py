@@ -1,0 +1,102 @@
+"""Collect the figures of the finished runs and put them into README.md, README.zh-CN.md and RESULTS.md.
+
+    make results                # collect runs/<recipe>/default of this machine
+    make results ARGS=--render  # only write the tables again from benchmarks/recipes.json
+
+The figures live in benchmarks/recipes.json, with the machine that they were measured on; the tables are made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from recipes.common.launch import recipes, summary  # noqa: E402
+from recipes.common.model_card import show  # noqa: E402
+from recipes.common.run_folder import write_atomically  # noqa: E402
+
+STORE = ROOT / "benchmarks" / "recipes.json"
+
+# What stands in the table of the README: figure, what it is (English, Chinese), its baseline.
+HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
+    "tokenizer": [("bytes_per_token", "bytes a token", "字节/词元", "baseline_bytes_per_token")],
+    "llama": [("bits_per_byte", "bits a byte, held-out files", "比特/字节（留出文件）", "xz_primed_bits_per_byte")],
+    "full": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],
+    "lora": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],
+    "reward_model": [("reward_accuracy", "held-out pairs ranked right", "留出对排序正确", "baseline_accuracy")],
+    "ppo": [
+        ("sampled_exact_match", "held-out tasks right, sampled", "留出任务正确（采样）", "baseline_sampled_exact_match"),
+        ("exact_match", "greedy", "贪心", "baseline_exact_match"),
+    ],
+}
+
+
+def collect(root: Path) -> dict[str, Any]:
+    """metrics.json and environment.json of every recipe's default run under `root`, by recipe."""
+    found = {}
+    for name in recipes():
+        folder = root / name / "default"
+        if (folder / "metrics.json").exists():
+            environment = json.loads((folder / "environment.json").read_text())
+            machine = {key: environment[key] for key in ("processor", "cores", "memory_gib", "gpu", "gpus", "commit")}
+            found[name] = {"figures": json.loads((folder / "metrics.json").read_text()), "machine": machine}
+    return found
+
+
+def table(stored: dict[str, Any], chinese: bool = False) -> str:
+    """A Markdown row a recipe: what it is, what it reached, the baseline, how long it took."""
+    head = "| 配方 | 内容 | 结果 | 基线 | 用时 |" if chinese else "| recipe | what it is | result | baseline | took |"
+    lines = [head, "|---|---|---|---|---|"]
+    for name, path in recipes().items():
+        what = summary(path)
+        if name not in stored:
+            lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | | | |")
+            continue
+        figures = stored[name]["figures"]
+        headlines = [h for h in HEADLINES.get(name, []) if h[0] in figures]
+        result = "; ".join(f"**{show(figures[key])}** {zh if chinese else en}" for key, en, zh, _ in headlines)
+        baseline = "; ".join(show(figures[base]) if base in figures else "" for *_, base in headlines)
+        lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | {result} | {baseline} | {figures['wall_seconds']:.0f} s |")
+    return "\n".join(lines)
+
+
+def details(stored: dict[str, Any]) -> str:
+    """RESULTS.md's section a recipe: every figure of its laptop run and the machine."""
+    parts = []
+    for name, entry in stored.items():
+        machine = entry["machine"]
+        hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, GPU: {machine['gpu'] or 'none'}"
+        rows = "\n".join(f"| {key} | {show(value)} |" for key, value in entry["figures"].items())
+        parts.append(f"### {name}\n\nMeasured on {hardware}; commit {machine['commit']}.\n\n| figure | value |\n|---|---|\n{rows}")
+    return "\n\n".join(parts)
+
+
+def put(path: Path, mark: str, content: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a file."""
+    text = path.read_text()
+    pattern = re.compile(rf"<!-- {mark} -->.*?<!-- /{mark} -->", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"error: {path} has no <!-- {mark} --> ... <!-- /{mark} -->")
+    write_atomically(path, pattern.sub(lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->", text))
+
+
+def main(argv: list[str]) -> int:
+    """Collect (unless --render) and render."""
+    stored = json.loads(STORE.read_text()) if STORE.exists() else {}
+    if "--render" not in argv:
+        stored |= collect(Path("runs"))
+        write_atomically(STORE, json.dumps(stored, indent=2) + "\n")
+    put(ROOT / "README.md", "results", table(stored))
+    put(ROOT / "README.zh-CN.md", "results", table(stored, chinese=True))
+    put(ROOT / "RESULTS.md", "details", details(stored))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
