@@ -71,9 +71,7 @@ class Tokenizer:
     save: Kind = "bpe"  # goes to model/; the others go to model-<kind>/
     vocabulary_size: PositiveInt = 8192  # tokens, special ones included; the same for all
     conversations: list[str] = field(default_factory=lambda: ["tasks", "pydocs_qa"])  # their messages join the text
-    max_bytes: PositiveInt = (
-        12_000_000  # train on at most this much of data, and a tenth of it of each conversation set
-    )
+    max_bytes: PositiveInt = 12_000_000  # of data that is trained on; each conversation set adds at most a tenth of it
     unigram_max_bytes: PositiveInt = 3_000_000  # of all that, what Unigram sees: it takes ten times longer
     character_coverage: OpenUnitInterval = 0.9999  # of the text; rarer characters are left to bytes or <|unk|>
     sentencepiece: Literal["bpe", "unigram"] = "bpe"  # which algorithm SentencePiece runs; LLaMA 1 and 2 use bpe
