@@ -92,7 +92,12 @@ def summarise(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The flat summary. Raises UserError if a stage did not leave a figure that it should have."""
     missing = [f"{recipe}: {name}" for recipe, name in SUMMARY.values() if name not in measured[recipe]]
     if missing:
-        raise UserError([f"runs/{m.split(':')[0]}/default/metrics.json has no {m.split(': ')[1]}: run the stage again" for m in missing])
+        raise UserError(
+            [
+                f"runs/{m.split(':')[0]}/default/metrics.json has no {m.split(': ')[1]}: run the stage again"
+                for m in missing
+            ]
+        )
     summary: dict[str, Any] = {key: measured[recipe][name] for key, (recipe, name) in SUMMARY.items()}
     summary["wall_seconds"] = round(sum(m["wall_seconds"] for m in measured.values()), 1)
     summary["peak_memory_gib"] = max(m["peak_memory_gib"] for m in measured.values())

@@ -31,7 +31,12 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
     "lora": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],
     "reward_model": [("reward_accuracy", "held-out pairs ranked right", "留出对排序正确", "baseline_accuracy")],
     "ppo": [
-        ("sampled_exact_match", "held-out tasks right, sampled", "留出任务正确（采样）", "baseline_sampled_exact_match"),
+        (
+            "sampled_exact_match",
+            "held-out tasks right, sampled",
+            "留出任务正确（采样）",
+            "baseline_sampled_exact_match",
+        ),
         ("exact_match", "greedy", "贪心", "baseline_exact_match"),
     ],
 }
@@ -62,7 +67,9 @@ def table(stored: dict[str, Any], chinese: bool = False) -> str:
         headlines = [h for h in HEADLINES.get(name, []) if h[0] in figures]
         result = "; ".join(f"**{show(figures[key])}** {zh if chinese else en}" for key, en, zh, _ in headlines)
         baseline = "; ".join(show(figures[base]) if base in figures else "" for *_, base in headlines)
-        lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | {result} | {baseline} | {figures['wall_seconds']:.0f} s |")
+        lines.append(
+            f"| [{name}]({path.relative_to(ROOT)}) | {what} | {result} | {baseline} | {figures['wall_seconds']:.0f} s |"
+        )
     return "\n".join(lines)
 
 
@@ -73,7 +80,9 @@ def details(stored: dict[str, Any]) -> str:
         machine = entry["machine"]
         hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, GPU: {machine['gpu'] or 'none'}"
         rows = "\n".join(f"| {key} | {show(value)} |" for key, value in entry["figures"].items())
-        parts.append(f"### {name}\n\nMeasured on {hardware}; commit {machine['commit']}.\n\n| figure | value |\n|---|---|\n{rows}")
+        parts.append(
+            f"### {name}\n\nMeasured on {hardware}; commit {machine['commit']}.\n\n| figure | value |\n|---|---|\n{rows}"
+        )
     return "\n\n".join(parts)
 
 

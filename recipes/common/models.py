@@ -40,10 +40,18 @@ def ensure_made(name: str, run: RunFolder) -> str:
         raise UserError(f"{name} is not there yet: `make {recipe}` makes it")
     run.say(f"{name} is not there yet: running `make {recipe}` first")
     unfinished = Path(name).parent.exists()
-    command = [sys.executable, str(script), "--run.root", root.rstrip("/"), *(["--run.resume", "true"] if unfinished else [])]
+    command = [
+        sys.executable,
+        str(script),
+        "--run.root",
+        root.rstrip("/"),
+        *(["--run.resume", "true"] if unfinished else []),
+    ]
     code = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
     if code != 0:
-        raise UserError(f"{name} could not be made: `make {recipe}` ended with exit code {code}; its messages are above")
+        raise UserError(
+            f"{name} could not be made: `make {recipe}` ended with exit code {code}; its messages are above"
+        )
     return name
 
 
@@ -55,8 +63,14 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         siblings = [str(p) for p in path.parent.glob("*")] if path.parent.exists() else []
         near = difflib.get_close_matches(name, siblings, n=1)
         raise UserError(f"model: no such folder: {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    if looks_local and what == "model" and not ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
-        raise UserError(f"model: {name} holds no config.json, so it is not a saved model; point at the folder that holds it")
+    if (
+        looks_local
+        and what == "model"
+        and not ((path / "config.json").exists() or (path / "adapter_config.json").exists())
+    ):
+        raise UserError(
+            f"model: {name} holds no config.json, so it is not a saved model; point at the folder that holds it"
+        )
     try:
         return load(name, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -110,15 +124,26 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
         raise UserError("model.config needs a model_type, such as `model_type: llama`")
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
-        raise UserError(f"model.config.model_type: transformers has no `{kind}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+        raise UserError(
+            f"model.config.model_type: transformers has no `{kind}`" + (f"; did you mean `{near[0]}`?" if near else "")
+        )
     config_class = CONFIG_MAPPING[kind]
     known = set(config_class().to_dict()) | {"rope_theta"}
     problems = []
     for key, value in fields.items():
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
-            problems.append(f"model.config.{key} is not a field of {config_class.__name__}" + (f"; did you mean `{near[0]}`?" if near else ""))
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key.endswith(SIZES) and not key.endswith("_id") and value <= 0:
+            problems.append(
+                f"model.config.{key} is not a field of {config_class.__name__}"
+                + (f"; did you mean `{near[0]}`?" if near else "")
+            )
+        elif (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and key.endswith(SIZES)
+            and not key.endswith("_id")
+            and value <= 0
+        ):
             problems.append(f"model.config.{key} is {value}: it must be above 0")
     if problems:
         raise UserError(problems)
@@ -129,7 +154,9 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
         raise UserError(f"model.config: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     key_value = fields.get("num_key_value_heads")
     if heads and key_value and heads % key_value:
-        raise UserError(f"model.config: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value}")
+        raise UserError(
+            f"model.config: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value}"
+        )
     try:
         return config_class(**fields)
     except (TypeError, ValueError) as error:
@@ -168,7 +195,9 @@ def load_model(
             setattr(config, key, value)
         large = run.dry and _parameters_of(auto_class, config) > LARGE
         with torch.device("meta" if large else "cpu"):
-            made = auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, attn_implementation=model.attention)
+            made = auto_class.from_config(
+                config, dtype=torch.float32 if dtype == "auto" else dtype, attn_implementation=model.attention
+            )
     else:
         assert model.name is not None
         name = ensure_made(model.name, run)
@@ -187,7 +216,9 @@ def load_model(
             own = Path(model.name) / "tokenizer.json"
             other = Path(model.tokenizer) / "tokenizer.json"
             if own.exists() and other.exists() and own.read_bytes() != other.read_bytes():
-                raise UserError(f"{model.tokenizer} is not the tokenizer that {model.name} was trained with: leave out model.tokenizer")
+                raise UserError(
+                    f"{model.tokenizer} is not the tokenizer that {model.name} was trained with: leave out model.tokenizer"
+                )
         if getattr(made, "generation_config", None) is not None:
             made.generation_config.eos_token_id = tokenizer.eos_token_id
             made.generation_config.pad_token_id = tokenizer.pad_token_id

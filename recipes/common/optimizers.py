@@ -54,7 +54,12 @@ class MuonWithAdamW(Optimizer):
 
 
 def muon_with_adamw(
-    model: nn.Module, *, muon_learning_rate: float, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module,
+    *,
+    muon_learning_rate: float,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
 ) -> MuonWithAdamW:
     """Muon on every hidden 2-D weight, fused AdamW on embeddings, head, norms and biases. Each group keeps its own rate under
     one schedule."""
@@ -65,6 +70,11 @@ def muon_with_adamw(
     decayed = [p for p in rest if p.ndim == 2]
     plain = [p for p in rest if p.ndim != 2]
     adamw = AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}], lr=learning_rate, betas=betas, fused=True
+        [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=betas,
+        fused=True,
     )
-    return MuonWithAdamW(Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonWithAdamW(
+        Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw
+    )

@@ -47,5 +47,7 @@ def pack_texts(
     options: dict[str, Any] = {"batched": True, "batch_size": 1000, "remove_columns": columns}
     packed = dataset.map(pack, **options)
     if hasattr(packed, "__len__") and len(packed) == 0:
-        raise UserError(f"the training text is shorter than one block of {length} tokens: give more text, or a smaller block length")
+        raise UserError(
+            f"the training text is shorter than one block of {length} tokens: give more text, or a smaller block length"
+        )
     return packed

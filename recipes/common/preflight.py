@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,9 @@ def check_batch(batch: dict[str, Any], model: nn.Module) -> None:
         positions = getattr(config, "max_position_embeddings", None)
         longest = int(batch["position_ids"].max()) + 1 if batch.get("position_ids") is not None else ids.shape[-1]
         if positions is not None and longest > positions:
-            problems.append(f"a sample is {longest} tokens long, but the model has {positions} positions: lower training.max_length")
+            problems.append(
+                f"a sample is {longest} tokens long, but the model has {positions} positions: lower training.max_length"
+            )
     if labels is not None and labels.ndim == 2 and bool((labels == -100).all()):
         problems.append(
             "every label of the first batch is masked, so there is nothing to learn: check data.columns, that the answers are not "
@@ -144,5 +145,3 @@ def preflight(
     ]
     run.say("\n".join(lines))
     raise DryRunDone
-
-

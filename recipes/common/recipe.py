@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def run_recipe(main: Callable[[Any, RunFolder], dict[str, Any]], config_class: type, argv: list[str] | None = None) -> int:
+def run_recipe(
+    main: Callable[[Any, RunFolder], dict[str, Any]], config_class: type, argv: list[str] | None = None
+) -> int:
     """Run a recipe from its command line. With `argv` (tests, the quickstart) gives the exit code; without, exits with it."""
     code = _guarded(main, config_class, sys.argv[1:] if argv is None else argv)
     if argv is None:
@@ -55,12 +57,17 @@ def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list
         print(f"interrupted: {stop}; go on with --run.resume true", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("interrupted outside of the training; what was checkpointed goes on with --run.resume true", file=sys.stderr)
+        print(
+            "interrupted outside of the training; what was checkpointed goes on with --run.resume true", file=sys.stderr
+        )
         return 130
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {error.filename or 'the run folder'}: {error.strerror}; free space, or choose another --run.root", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'the run folder'}: {error.strerror}; free space, or choose another --run.root",
+            file=sys.stderr,
+        )
         return 2
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
@@ -94,7 +101,10 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
         return training_defaults(where.get("run", Path("runs") / recipe) / "checkpoints", given)
 
     loaded = load_config(
-        config_class, argv, config_folder=config_folder if config_folder.exists() else None, library_defaults=library_defaults
+        config_class,
+        argv,
+        config_folder=config_folder if config_folder.exists() else None,
+        library_defaults=library_defaults,
     )
     if loaded.help is not None:
         shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
@@ -113,7 +123,9 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
     config = loaded.build()
     if (training := getattr(config, "training", None)) is not None:
         check_sharding(training)
-        training._n_gpu = min(training.n_gpu, 1)  # one process, one GPU: the Trainer would wrap the model in DataParallel
+        training._n_gpu = min(
+            training.n_gpu, 1
+        )  # one process, one GPU: the Trainer would wrap the model in DataParallel
     run = open_folder(
         where["run"], recipe=recipe, fingerprint=saved_config(loaded), dry=loaded.dry_run, given=_dotted(loaded),
         resume=bool(run_values.get("resume")), overwrite=bool(run_values.get("overwrite")),
@@ -205,14 +217,20 @@ def _finish(run: RunFolder, summary: str, figures: dict[str, Any], started: floa
         config_yaml = (run.path / "config.yaml").read_text()
         write_atomically(run.path / "README.md", model_card(run, summary, figures, config_yaml, environment))
         width = max(map(len, figures))
-        run.say("\n".join(["", *(f"  {name:<{width}}  {show(value)}" for name, value in figures.items()), "", f"  {run.path}", ""]))
+        run.say(
+            "\n".join(
+                ["", *(f"  {name:<{width}}  {show(value)}" for name, value in figures.items()), "", f"  {run.path}", ""]
+            )
+        )
     wait_for_everyone()
 
 
 def _commit() -> str | None:
     """The commit of the code that ran, with a mark where files were changed since; None outside a git checkout."""
     try:
-        told = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        told = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:  # no git on this machine
         return None
     return told.stdout.strip() or None

@@ -1,11 +1,11 @@
 """The run folder: one place, the same for every recipe, for all that a run leaves behind. Everything is written atomically.
 
-    runs/<recipe>/<name>/
-      config.yaml        resolved; `--config` on it reproduces the run
-      environment.json   versions, hardware, commit
-      metrics.jsonl      a line a logged step          metrics.json   final figures, flat
-      plots/*.png        samples/*                     checkpoints/   resumable state
-      model/             loads with from_pretrained    README.md      model card
+runs/<recipe>/<name>/
+  config.yaml        resolved; `--config` on it reproduces the run
+  environment.json   versions, hardware, commit
+  metrics.jsonl      a line a logged step          metrics.json   final figures, flat
+  plots/*.png        samples/*                     checkpoints/   resumable state
+  model/             loads with from_pretrained    README.md      model card
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ class RunFolder:
             for key in keys:
                 points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
                 style = "o-" if len(points) < 40 else "-"
-                axes.plot(*zip(*points, strict=True), style, markersize=3, label=key.replace("_", " ")) if points else None
+                axes.plot(
+                    *zip(*points, strict=True), style, markersize=3, label=key.replace("_", " ")
+                ) if points else None
             axes.set_xlabel("step")
             axes.set_ylabel(label or name.replace("_", " "))
             if axes.has_data():
@@ -198,7 +200,9 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[-1]), default=None)
 
 
-def open_folder(path: Path, *, recipe: str, fingerprint: str, resume: bool, overwrite: bool, dry: bool, given: set[str]) -> RunFolder:
+def open_folder(
+    path: Path, *, recipe: str, fingerprint: str, resume: bool, overwrite: bool, dry: bool, given: set[str]
+) -> RunFolder:
     """Open the folder of a run, new, resumed or overwritten. Rank 0 does the work.
 
     `fingerprint` is the resolved config as YAML; resuming under another config is refused with the first difference.
@@ -208,7 +212,9 @@ def open_folder(path: Path, *, recipe: str, fingerprint: str, resume: bool, over
     if dry:
         return run
     if resume and overwrite:
-        raise UserError("run.resume and run.overwrite contradict each other: the one goes on with what is there, the other deletes it")
+        raise UserError(
+            "run.resume and run.overwrite contradict each other: the one goes on with what is there, the other deletes it"
+        )
     if run.is_main:
         _prepare(path, fingerprint, resume, overwrite)
     if resume:
@@ -224,7 +230,9 @@ def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Non
     if path.is_dir() and any(path.iterdir()):
         if overwrite:
             if not existing.exists():
-                raise UserError(f"{path} holds files but no config.yaml, so no recipe made it: not deleting it; choose another --run.name")
+                raise UserError(
+                    f"{path} holds files but no config.yaml, so no recipe made it: not deleting it; choose another --run.name"
+                )
             shutil.rmtree(path)
         elif resume:
             if existing.exists() and existing.read_text() != fingerprint:
@@ -243,9 +251,13 @@ def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Non
                 "--run.resume true to go on with it, or --run.overwrite true to delete it"
             )
     elif resume:
-        raise UserError(f"nothing to resume: {path} does not exist or is empty; leave out --run.resume, or check --run.name")
+        raise UserError(
+            f"nothing to resume: {path} does not exist or is empty; leave out --run.resume, or check --run.name"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(existing, fingerprint)
     except OSError as error:
-        raise UserError(f"cannot write to the run folder {path}: {error.strerror}; choose another --run.root") from error
+        raise UserError(
+            f"cannot write to the run folder {path}: {error.strerror}; choose another --run.root"
+        ) from error

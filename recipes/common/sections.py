@@ -33,7 +33,9 @@ class Data:
     name: str | list[str] = "pydocs"  # builtin name, path, or hub id; a list concatenates
     subset: str | None = None  # the hub data set's configuration name
     split: str = "train"  # which split trains
-    validation_split: str | None = None  # which split is held out; default: validation, else test, else a fraction of train
+    validation_split: str | None = (
+        None  # which split is held out; default: validation, else test, else a fraction of train
+    )
     validation_fraction: OpenUnitInterval = 0.05  # held out of train when the source has no other split
     columns: dict[str, str] | None = None  # ours -> theirs, e.g. {prompt: question, completion: answer}
     max_samples: PositiveInt | None = None  # keep the first n of the training split

@@ -20,7 +20,6 @@ from recipes.common.errors import Interrupted, UserError
 from recipes.common.run_folder import COMPLETE, RunFolder, wait_for_everyone, write_atomically
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from torch import nn
     from transformers import Trainer, TrainingArguments
@@ -274,7 +273,9 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
             frame.report.finish()
-            trainer.model._compiled_call_impl = None  # what follows has other shapes: evaluation and generation run eagerly
+            trainer.model._compiled_call_impl = (
+                None  # what follows has other shapes: evaluation and generation run eagerly
+            )
         if frame.interrupted:
             raise Interrupted(f"{stop.reason}: checkpoint after step {trainer.state.global_step}")
     wait_for_everyone()

@@ -31,6 +31,7 @@ from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
+    import transformers
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -40,9 +41,13 @@ class Llama:
 
     block_length: PositiveInt = 512  # tokens a sample; documents are packed into such blocks
     mask_documents: bool = False  # keep a token from seeing the document before its own; LLaMA-1 and -2 did not
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW; LLaMA's own is adamw
+    optimizer: Literal["muon", "adamw"] = (
+        "muon"  # muon: hidden matrices by Muon, the rest by AdamW; LLaMA's own is adamw
+    )
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
-    evaluation_stride: OpenUnitInterval = 0.5  # share of a window that moves on at each evaluation step; smaller sees more context
+    evaluation_stride: OpenUnitInterval = (
+        0.5  # share of a window that moves on at each evaluation step; smaller sees more context
+    )
     compare_with_xz: bool = True  # xz -9 on the same held-out text, cold and after the training text
     prompts: tuple[str, ...] = ("def ", "import ", "The ")  # continued as it learns
 
@@ -54,11 +59,13 @@ class Config:
     model: Model
     data: Data
     llama: Llama
-    training: Section["transformers.TrainingArguments"]
+    training: Section[transformers.TrainingArguments]
     run: Run
 
 
-def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, stride: float) -> float:
+def bits_per_byte(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, stride: float
+) -> float:
     """Bits that the model needs for a byte of the texts: sum of -log2 p over all tokens, over the number of UTF-8 bytes.
 
     Windows of `length` tokens move on by `stride` of themselves; each token is scored once, in the first window that
@@ -78,7 +85,10 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
     total, device = 0.0, model.device
     model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=model.config.dtype != torch.float64):
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=model.config.dtype != torch.float64),
+    ):
         for first in range(0, len(order), 16):
             chosen = order[first : first + 16]
             longest = max(len(windows[i]) for i in chosen)
@@ -108,7 +118,9 @@ def xz_bits_per_byte(training: list[str], held_out: list[str]) -> dict[str, floa
     return {"xz_bits_per_byte": 8 * cold / size, "xz_primed_bits_per_byte": 8 * (primed - base) / size}
 
 
-def continue_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], tokens: int = 60) -> str:
+def continue_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], tokens: int = 60
+) -> str:
     """Greedy-ish continuations, to read while it learns."""
     import torch
 
@@ -144,7 +156,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     held_out = [row["text"] for row in data["validation"]]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = {key: torch.tensor([row[key] for row in rows], dtype=torch.long) for key in rows[0]}  # (batch, block_length)
+        batch = {
+            key: torch.tensor([row[key] for row in rows], dtype=torch.long) for key in rows[0]
+        }  # (batch, block_length)
         return {**batch, "labels": batch["input_ids"]}
 
     optimizer = None  # None: the Trainer makes training.optim
@@ -161,7 +175,12 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
             run.sample(f"step-{state.global_step:06d}.txt", continue_prompts(model, tokenizer, llama.prompts))
 
     trainer = Trainer(
-        model, training, train_dataset=blocks, data_collator=collate, optimizers=(optimizer, None), callbacks=[ShowSamples()]
+        model,
+        training,
+        train_dataset=blocks,
+        data_collator=collate,
+        optimizers=(optimizer, None),
+        callbacks=[ShowSamples()],
     )
     batch = next(iter(trainer.get_train_dataloader()))
     preflight(run, model, batch, args=training, total_steps=total_steps(trainer))
