@@ -33,7 +33,7 @@ def next_token_loss(
     return F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
-def fuse_next_token_loss(model: PreTrainedModel) -> None:
+def fuse_next_token_loss(model: Any) -> None:
     """Make `model(..., labels=...)` return only the loss, computed by `next_token_loss`; without labels nothing changes.
 
     `model.compiled_loss` may be set to a compiled version of it (training.compile_if_it_pays does), which leaves

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; measured recipes reach 0.3 to 0.6
 
 
-def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+def count_parameters(model: Any, trainable_only: bool = False) -> int:
     """How many numbers the model holds (or learns); tied weights count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def flops_per_token(model: Any, sequence_length: int) -> float:
     """Floating-point operations a token of one training step, PaLM's convention (Chowdhery et al. 2022, appendix B).
 
     6 N + 12 L h S: N parameters that multiply (an untied input embedding is a look-up and does not), L layers, h hidden

@@ -224,7 +224,7 @@ def dtype_name(args: TrainingArguments) -> str:
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
-def compile_if_it_pays(model: nn.Module, run: RunFolder, seconds_left: float) -> bool:
+def compile_if_it_pays(model: Any, run: RunFolder, seconds_left: float) -> bool:
     """Compile the model in place (`nn.Module.compile`) when the time it saves in this run exceeds what compiling costs."""
     able = machine.can_compile()
     if not able.value:
@@ -316,7 +316,8 @@ def _frame_callback() -> type:
             if control.should_save:
                 control.should_log = True  # the loss is looked at before it is saved
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs: dict[str, Any] = kwargs["logs"]
             figures = {
                 k: v for k, v in logs.items() if k not in ("epoch", "total_flos", "num_input_tokens_seen", "num_tokens")
             }
