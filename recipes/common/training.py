@@ -21,7 +21,6 @@ from recipes.common.run_folder import COMPLETE, RunFolder, wait_for_everyone, wr
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
     from transformers import Trainer, TrainingArguments
 
 COMPILE_SECONDS = 40  # what compiling a small model costs, measured on 2 cores: 12 s to 60 s
