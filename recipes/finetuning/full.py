@@ -17,15 +17,23 @@ Laptop result: RESULTS.md#full. The model goes on in `make reward_model` and `ma
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section, defaults
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Evaluation, Model, Run
+from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, Run
 
 if TYPE_CHECKING:
     import trl
+
+
+@dataclass
+class Full:
+    """Knobs of the fine-tuning itself."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, as a small model was pretrained
+    muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices; training.learning_rate is that of the rest
 
 
 @dataclass(kw_only=True)
@@ -34,6 +42,7 @@ class Config:
 
     model: Model
     data: Data
+    full: Full = field(default_factory=Full)
     training: Section[trl.SFTConfig] = field(default_factory=defaults(assistant_only_loss=True, packing=True))
     evaluation: Evaluation
     run: Run
@@ -44,6 +53,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common import sft
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.optimizers import muon_with_adamw
     from recipes.common.sft_packing import prepare
     from recipes.common.training import fit
 
@@ -52,6 +62,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     conversations = load_data(config.data, "conversation")
     rows = prepare(conversations, tokenizer, model, config.training, run)
     trainer = sft.make_trainer(model, tokenizer, rows, config.training)
+    if config.full.optimizer == "muon":
+        args = config.training
+        trainer.optimizer = muon_with_adamw(
+            model,
+            muon_learning_rate=config.full.muon_learning_rate,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
     sft.announce(trainer, run)
 
     before = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "before")
