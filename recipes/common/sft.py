@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 SHOWN = 8  # questions that cannot be checked, of which the answers are kept in samples/
+ROWS_AT_A_TIME = 64  # learned tokens are scored in multiples of this
 LONG_ANSWER = 96  # tokens of those answers
 
 
@@ -121,11 +122,15 @@ def _score_eagerly(hidden: torch.Tensor, labels: torch.Tensor, head: torch.nn.Mo
 
     hidden, labels = hidden[:, :-1], labels[:, 1:]
     mask = labels != IGNORED
-    logits = head(hidden[mask]).float()  # [learned, vocabulary]
+    targets = labels[mask]  # [learned]
+    places = mask.flatten().nonzero()[:, 0]
+    # whole multiples of rows: oneDNN builds, and keeps, a kernel for every shape of a product that it meets
+    filling = places.new_zeros(-len(places) % ROWS_AT_A_TIME)
+    logits = head(hidden.flatten(0, 1)[torch.cat([places, filling])])[: len(places)].float()  # [learned, vocabulary]
     log_p = logits.log_softmax(-1)
-    learned = log_p.gather(-1, labels[mask][:, None])[:, 0]
+    learned = log_p.gather(-1, targets[:, None])[:, 0]
     with torch.no_grad():
-        top1 = log_p.argmax(-1) == labels[mask]
+        top1 = log_p.argmax(-1) == targets
         entropy = -(log_p.exp() * log_p).sum(-1)
     log_probs = logits.new_zeros(mask.shape).masked_scatter(mask, learned)
     return FusedCausalLMOutput(
