@@ -433,7 +433,7 @@ def measure(
         "fertility_english": fertility(domains["english"], ids["english"]),
         "fertility_chinese": fertility(domains["chinese"], ids["chinese"], unit=r"\S"),
         "fertility_code": fertility(domains["code"], ids["code"]),
-        "unknown_rate": unknown_rate(ids["held_out"], tokenizer.unk_token_id),
+        "unknown_rate": unknown_rate([*ids["held_out"], *ids["chinese"]], tokenizer.unk_token_id),
         "unknown_rate_unseen_script": unknown_rate(ids["unseen"], tokenizer.unk_token_id),
         "lossless": sum(same) / len(same),  # share of all these texts that decoding gives back exactly
         "encode_mb_per_second": byte_count(speed) / 1e6 / seconds,
@@ -504,7 +504,7 @@ COLUMNS = {
     "fertility_english": "tokens per English word",
     "fertility_chinese": "tokens per Chinese character",
     "fertility_code": "tokens per word of code",
-    "unknown_rate": "unknown",
+    "unknown_rate": "unknown, held-out text and Chinese",
     "unknown_rate_unseen_script": "unknown, unseen script",
     "lossless": "texts that come back",
     "train_seconds": "training, s",
@@ -516,7 +516,7 @@ def comparison(measured: Mapping[Kind, dict[str, float]]) -> list[list[str]]:
     """A table: a row a figure, a column a tokenizer."""
 
     def show(name: str, value: float) -> str:
-        return f"{value:.1%}" if name.startswith(("unknown", "lossless")) else f"{value:.2f}"
+        return f"{value:.2%}" if name.startswith(("unknown", "lossless")) else f"{value:.2f}"
 
     return [
         ["", *measured],
