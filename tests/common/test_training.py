@@ -1,0 +1,298 @@
+"""The frame around training, on a regression of a few numbers: resume, signals, not-a-number, half-written checkpoints, figures."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.common import machine, training
+from recipes.common.errors import Interrupted, UserError
+from recipes.common.machine import Choice
+from recipes.common.run_folder import RunFolder, last_complete_checkpoint
+from recipes.common.training import Loop, StepReport, StopSignals, duration, make_accelerator, training_defaults
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No accelerate state or signal handler from another test, and no time spent on measuring the peak."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setattr(machine, "peak_flops", lambda name: 1e9)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        assert signal.getsignal(number) is handler, "the loop left its signal handler behind"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., Any]:
+    """TrainingArguments in fp32 on the CPU."""
+    from transformers import TrainingArguments
+
+    def make(**changes: Any) -> Any:
+        plain = {"use_cpu": True, "bf16": False, "save_steps": 4, "save_total_limit": 2, "logging_steps": 1}
+        return TrainingArguments(output_dir=str(tmp_path / "unused"), report_to="none", **{**plain, **changes})
+
+    return make
+
+
+def train(
+    run: RunFolder, args: Any, steps: int = 10, at: dict[int, Callable[[], None]] | None = None, **options: Any
+) -> tuple[torch.Tensor, list[float]]:
+    """A loop written out: dropout and fresh noise every step, so that the random state matters. Gives weights and losses."""
+    torch.manual_seed(3)
+    accelerator = make_accelerator(args)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    loop = Loop(run, args, accelerator, total_steps=steps, **options)
+    losses = []
+    for step in loop:
+        if at and step in at:
+            at[step]()
+        x = torch.randn(16, 4)
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        loop.log(loss=loss.item(), tokens=16, reward=1.5)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
+
+
+def resumed(run: RunFolder) -> RunFolder:
+    """The same folder, opened again with --run.resume true."""
+    again = RunFolder(run.path, recipe="demo")
+    again.resume_from = last_complete_checkpoint(again.checkpoints)
+    return again
+
+
+def made(path: Path) -> RunFolder:
+    path.mkdir()
+    return RunFolder(path, recipe="demo")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 5, 8])
+def test_a_signal_checkpoints_and_the_resumed_loop_ends_as_the_uninterrupted(
+    arguments: Any, tmp_path: Path, number: signal.Signals, step: int
+) -> None:
+    expected, losses = train(made(tmp_path / "whole"), arguments())
+    run = made(tmp_path / "parts")
+    with pytest.raises(Interrupted, match=f"{number.name}: checkpoint after step {step + 1}"):
+        train(run, arguments(), at={step: lambda: os.kill(os.getpid(), number)})
+    assert (run.checkpoints / f"checkpoint-{step + 1}" / "complete").exists()
+    weights, rest = train(resumed(run), arguments())
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+    assert rest == pytest.approx(losses[step + 1 :], abs=1e-6)
+    assert [row["step"] for row in run.history()] == list(range(1, 11))
+
+
+def test_a_signal_at_the_last_step_lets_it_finish(arguments: Any, tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    _, losses = train(run, arguments(), at={9: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    assert len(losses) == 10
+    assert (run.checkpoints / "checkpoint-10" / "complete").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked() and stop.reason == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+
+def test_a_time_limit_stops_as_a_signal_does(arguments: Any, tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    with pytest.raises(Interrupted, match=r"run\.time_limit_minutes: checkpoint after step 3"):
+        train(run, arguments(), at={2: lambda: time.sleep(1.2)}, time_limit_minutes=1.0 / 60)
+    assert (run.checkpoints / "checkpoint-3" / "complete").exists()
+
+
+def test_a_finished_loop_resumed_takes_no_step(arguments: Any, tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    expected, _ = train(run, arguments())
+    weights, losses = train(resumed(run), arguments())
+    assert losses == []
+    torch.testing.assert_close(weights, expected, atol=0, rtol=0)
+
+
+def test_only_the_last_checkpoints_are_kept(arguments: Any, tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    train(run, arguments(save_steps=2))
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-8"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(arguments: Any, tmp_path: Path) -> None:
+    expected, _ = train(made(tmp_path / "whole"), arguments())
+    run = made(tmp_path / "parts")
+    with pytest.raises(Interrupted):
+        train(run, arguments(), at={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    (run.checkpoints / "checkpoint-6" / "complete").unlink()  # killed while it wrote this one
+    for file in (run.checkpoints / "checkpoint-6").iterdir():
+        file.write_bytes(b"torn")
+    (run.checkpoints / "checkpoint-9").mkdir()
+    again = resumed(run)
+    assert again.resume_from == run.checkpoints / "checkpoint-4"
+    again.forget_after(4)
+    weights, _ = train(again, arguments())
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+    assert [row["step"] for row in run.history()] == list(range(1, 11))
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_no_number_stops_and_names_the_last_good_checkpoint(
+    arguments: Any, tmp_path: Path, loss: float
+) -> None:
+    run = made(tmp_path / "run")
+    loop = Loop(run, arguments(), make_accelerator(arguments()), total_steps=10)
+    with pytest.raises(UserError, match=r"at step 6: lower training\.learning_rate.*checkpoint-4$") as caught:
+        for step in loop:
+            loop.log(loss=loss if step == 5 else 1.0, tokens=1)
+    assert str(loss) in str(caught.value)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_loss_that_is_no_number_before_any_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint had been written yet"):
+        training.stop_at_nan(float("nan"), 1, made(tmp_path / "run"))
+    training.stop_at_nan(1e30, 1, made(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_lines_say_the_loss_and_what_was_processed(
+    arguments: Any, tmp_path: Path, every: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(tmp_path / "run")
+    run.figures["flops_per_token"] = 100.0
+    train(run, arguments(logging_steps=every), steps=10)
+    rows = run.history()
+    assert [row["step"] for row in rows] == [n for n in range(1, 11) if n % every == 0 or n == 10]
+    assert rows[0]["reward"] == 1.5 and rows[0]["loss"] > 0
+    assert rows[0].keys() == {"step", "loss", "reward", "tokens_per_second", "mfu", "peak_memory_gib"}
+    out = capsys.readouterr().out
+    assert f"step {every}/10  loss {rows[0]['loss']:.4f}  reward 1.5" in out and "left 0s" in out
+    assert {"tokens_per_second", "mfu", "step_seconds"} <= run.figures.keys()
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 1000.0
+        monkeypatch.setattr(training.time, "perf_counter", lambda: self.now)
+
+
+def test_speed_mfu_and_time_left_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    run = made(tmp_path / "run")
+    report = StepReport(run, total_steps=100, flops_per_token=2e6, dtype_name="float32")  # the peak is 1e9
+    clock.now += 50  # the first step compiles
+    row = report.line(1, 2.0, 500)
+    assert row["tokens_per_second"] == 10.0 and row["mfu"] == 0.02
+    for step in range(2, 11):
+        clock.now += 2
+        if step == 7:
+            clock.now += 30  # an evaluation
+            report.pause(30)
+        row = report.line(step, 2.0, 500)
+        assert row["tokens_per_second"] == 250.0, step
+        assert row["mfu"] == 0.5
+    report.finish()
+    assert run.figures == {"tokens_per_second": 250.0, "mfu": 0.5, "step_seconds": 2.0}  # neither warm-up nor pause
+    assert "step 10/100  loss 2.0000  250 tok/s  mfu 50.0%" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_time_left_is_what_the_remaining_steps_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    report = StepReport(made(tmp_path / "run"), 100, 1.0, "float32", first_step=40)
+    for step in range(41, 51):
+        clock.now += 3
+        report.line(step, 1.0, 1)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("left 2m30s")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+# ---------------------------------------------------------------------------------------------- training_defaults
+
+
+def test_what_the_frame_fills_in_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "choose_bf16", lambda: Choice(True, "this processor has x"))
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    chosen = training_defaults(Path("runs/demo"), {})
+    assert chosen["output_dir"][0] == "runs/demo"
+    assert chosen["bf16"] == (True, "machine: this processor has x")
+    assert chosen["use_cpu"] == (True, "machine: has no GPU")
+    assert chosen["report_to"][0] == "none"
+    assert all(origin.startswith(("frame: ", "machine: ")) for _, origin in chosen.values())
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    assert chosen.keys() <= known.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"output_dir": "x"}, "training.output_dir belongs to the frame"),
+        ({"resume_from_checkpoint": "x"}, "use --run.resume true"),
+        ({"overwrite_output_dir": True}, "use --run.overwrite true"),
+        ({"bf16": True}, "training.bf16: true, but this processor lacks it; leave it out"),
+        ({"fp16": True}, "training.fp16: true needs a GPU"),
+        ({"torch_compile": True}, "training.torch_compile: true, but no compiler; leave it out"),
+        ({"use_cpu": False}, "training.use_cpu: false, but torch sees no GPU"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(
+    given: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "choose_bf16", lambda: Choice(False, "this processor lacks it"))
+    monkeypatch.setattr(machine, "can_compile", lambda: Choice(False, "no compiler"))
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    with pytest.raises(UserError, match=says):
+        training_defaults(Path("x"), given)
+
+
+def test_everything_that_is_refused_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    with pytest.raises(UserError) as caught:
+        training_defaults(Path("x"), {"output_dir": "x", "fp16": True, "use_cpu": False})
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(("seconds", "compiles"), [(60.0, False), (300.0, False), (3600.0, True)])
+def test_compiling_waits_until_it_pays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, compiles: bool
+) -> None:
+    monkeypatch.setattr(machine, "can_compile", lambda: Choice(True, "yes"))
+    called: list[bool] = []
+    model = type("M", (), {"compile": lambda self: called.append(True)})()
+    run = made(tmp_path / "run")
+    assert training.compile_if_it_pays(model, run, seconds) is compiles
+    assert bool(called) is compiles
+    assert run.choices["torch.compile"].startswith(str(compiles))
