@@ -83,6 +83,14 @@ def check_batch(batch: dict[str, Any], model: nn.Module) -> None:
         raise UserError(problems)
 
 
+def leave_no_folder(run: RunFolder) -> None:
+    """Remove the empty folder that a Trainer makes as it is built: after a dry run it would pass for an unfinished run."""
+    for folder in (run.checkpoints, run.path, run.path.parent):
+        if not folder.is_dir() or any(folder.iterdir()):
+            break
+        folder.rmdir()
+
+
 def preflight(
     run: RunFolder,
     model: nn.Module,
@@ -99,6 +107,8 @@ def preflight(
     """
     import torch
 
+    if run.dry:
+        leave_no_folder(run)
     check(batch, model)
     parameters, learned = count_parameters(model), count_parameters(model, trainable_only=True)
     if learned == 0:
