@@ -249,7 +249,15 @@ def test_ctrl_c_stops_all_hosts_and_waits_for_them(checkout: Checkout, two_hosts
     )
     line = ["bash", "scripts/ssh_hosts.sh", "hosts", "tiny", "gpu", "ddp"]
     # Its own process group, which gets the signal as a terminal's would.
-    process = subprocess.Popen(line, cwd=checkout.root, env=two_hosts, stderr=subprocess.DEVNULL, process_group=0)
+    # A test run in the background inherits an ignored SIGINT, and bash cannot trap a signal that was ignored when it started.
+    process = subprocess.Popen(
+        line,
+        cwd=checkout.root,
+        env=two_hosts,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 90
     while len(list(checkout.root.glob("ready-*"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "the workers did not start"

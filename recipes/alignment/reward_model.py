@@ -19,7 +19,7 @@ Laptop result: RESULTS.md#reward_model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section
 from recipes.common.errors import UserError
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 class Reward:
     """The reward model's own knobs."""
 
-    max_length: PositiveInt = (
-        1024  # tokens of prompt and answer; prompts with a longer one are left out (TRL RewardConfig)
-    )
+    max_length: PositiveInt = 1024  # tokens of prompt and answer; longer ones are left out (TRL's RewardConfig)
+    candidates: Literal["given", "sampled", "both"] = "given"  # the data's answers, the model's own (InstructGPT), both
+    sampled_prompts: PositiveInt = 4000  # training prompts that the model answers itself, if candidates are sampled
+    samples: PositiveInt = 6  # answers that it gives to each (InstructGPT: 4 to 9)
 
 
 @dataclass
@@ -54,6 +55,40 @@ class Config:
 
 
 # ---------------------------------------------------------------- data: a batch element is a prompt with its K answers
+
+
+def sample_candidates(rows: datasets.Dataset, prompts: int, tokenizer: Any, config: Config, run: RunFolder) -> Any:
+    """Comparisons of the right answer with the wrong ones that the starting model itself gives, at temperature 1.
+
+    Made-up mistakes are not the ones that a policy makes, and a reward model that never saw the policy's is soon gamed:
+    InstructGPT's labellers rank its own policies' answers. The labeller here is the task's checker, on training prompts
+    only. Prompts that are answered right each time teach nothing and are left out. UserError if nothing can be checked.
+    """
+    from recipes.common.builtin.tasks import check
+    from recipes.common.generation import generate, is_checkable
+    from recipes.common.models import load_model
+
+    rows = rows.select(range(min(len(rows), prompts)))
+    if not is_checkable(rows[0]):
+        raise UserError("reward.candidates: sampled answers need a labeller, and only the builtin tasks have a checker")
+    policy, k = load_model(config.model, tokenizer, run), config.reward.samples
+    answers = generate(
+        policy.to(config.training.device), tokenizer, [row["prompt"] for row in rows for _ in range(k)],
+        max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size,
+        temperature=1.0, seed=config.training.seed, bf16=config.training.bf16,
+    )  # fmt: skip
+    found = []
+    for i, row in enumerate(rows):
+        wrong = [text for text in dict.fromkeys(answers[i * k : (i + 1) * k]) if text.strip() and not check(row, text)]
+        if wrong:
+            completions, ranks = [row["completions"][0], *wrong], [0] + [1] * len(wrong)
+            found.append({"prompt": row["prompt"], "completions": completions, "ranks": ranks})
+    if not found:
+        raise UserError(
+            "reward.candidates: the model answered every sampled prompt right, so there is nothing to compare"
+        )
+    run.say(f"  sampled {k} answers to {len(rows)} prompts: {len(found)} prompts with wrong ones")
+    return rows.from_list(found)
 
 
 def comparisons(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, run: RunFolder) -> Any:
@@ -135,7 +170,8 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
             ).logits.squeeze(-1)  # [N]
             with torch.no_grad():
                 pair = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])  # [N, N]
-                self.accuracies.append((scores[:, None] > scores[None, :])[pair].float().mean())
+                difference = (scores[:, None] - scores[None, :])[pair]
+                self.accuracies.append(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
             loss = ranking_loss(scores, ranks, group)
             return (loss, {"scores": scores}) if return_outputs else loss
 
@@ -253,18 +289,18 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from recipes.common.rlhf import pad
+    from recipes.common.rlhf import pad, sequence_scores
 
     folder = run.save_model(model, tokenizer)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     sequences = [sequence for row in held_out["sequences"][:4] for sequence in row]
+    model.eval()
     with torch.no_grad():
         for side in ("left", "right"):
             ids, mask = (t.to(model.device) for t in pad(sequences, tokenizer.pad_token_id, side))
-            kept, loaded = (m(input_ids=ids, attention_mask=mask).logits for m in (model.eval(), reloaded))
-            torch.testing.assert_close(
-                loaded, kept, msg=lambda text: f"the saved reward model scores differently: {text}"
-            )
+            kept, loaded = sequence_scores(model, ids, mask), reloaded(input_ids=ids, attention_mask=mask).logits[:, 0]
+            if not torch.allclose(loaded.float(), kept, atol=1e-3 if model.dtype == torch.float32 else 0.1):
+                raise RuntimeError(f"the saved reward model gives other scores: {loaded.tolist()}, not {kept.tolist()}")
 
 
 def plots(scores: list[list[float]], held_out: Any, run: RunFolder) -> None:
@@ -337,12 +373,13 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     import math
 
     import numpy as np
+    from datasets import concatenate_datasets
     from transformers import AutoModelForSequenceClassification
 
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.preflight import preflight
-    from recipes.common.rlhf import check_own_pad_token, disable_dropout
+    from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
     from recipes.common.training import fit
 
     tokenizer = load_tokenizer(config.model, run, chat=True)
@@ -352,12 +389,23 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         raise UserError(
             f"model.name: {type(model).__name__} has no `score` head on its last token: give a decoder-only model"
         )
+    keep_head_in_full_precision(model)
     disable_dropout(model)  # answers of one prompt are compared with each other: noise between them is not wanted
 
     data = load_data(config.data, "preference")
-    train = comparisons(data["train"], tokenizer, config.reward.max_length, run)
-    held_out = data["validation"].select(range(min(len(data["validation"]), config.evaluation.max_samples)))
-    held_out = comparisons(held_out, tokenizer, config.reward.max_length, run)
+    rows, limit = data["train"], config.reward.max_length
+    held_out_rows = data["validation"].select(range(min(len(data["validation"]), config.evaluation.max_samples)))
+    held_out, sampled_held_out = comparisons(held_out_rows, tokenizer, limit, run), None
+    if config.reward.candidates != "given" and not run.dry:
+        own = sample_candidates(rows, config.reward.sampled_prompts, tokenizer, config, run)
+        rows = (
+            own
+            if config.reward.candidates == "sampled"
+            else concatenate_datasets([rows.select_columns(own.column_names), own])
+        )
+        own = sample_candidates(held_out_rows, len(held_out_rows), tokenizer, config, run)
+        sampled_held_out = comparisons(own, tokenizer, limit, run)
+    train = comparisons(rows, tokenizer, limit, run)
 
     args = config.training
     prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -373,6 +421,9 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     scores = score_all(model, held_out, tokenizer, config)
     figures = ranking_figures(scores, held_out)
+    if sampled_held_out is not None:
+        own_scores = score_all(model, sampled_held_out, tokenizer, config)
+        figures["sampled_reward_accuracy"] = ranking_figures(own_scores, sampled_held_out)["accuracy"]
 
     # InstructGPT shifts scores so that good answers get 0 on average; dividing by the spread lets one KL coefficient
     # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std.

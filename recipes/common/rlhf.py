@@ -239,6 +239,17 @@ def score_head(model: PreTrainedModel, states: Tensor) -> Tensor:
         return model.score(states.to(model.score.weight.dtype)).squeeze(-1).float()
 
 
+def keep_head_in_full_precision(model: PreTrainedModel) -> None:
+    """Run the score head outside of autocast in the model's own forward too: differences of rounded scores teach little."""
+    head = model.score.forward
+
+    def forward(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return head(states.to(model.score.weight.dtype))
+
+    model.score.forward = forward
+
+
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The reward model's score of each sequence, read at its last real token: [B, L] -> [B] in fp32.
 

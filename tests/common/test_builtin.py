@@ -108,7 +108,7 @@ def test_pydocs_splits_are_disjoint_by_path_and_by_text_and_complete() -> None:
 
 def test_held_out_pydocs_are_not_repeated_in_the_training_text() -> None:
     def passages(texts: list[Row]) -> set[tuple[str, ...]]:
-        found = set()
+        found: set[tuple[str, ...]] = set()
         for row in texts:
             lines = [line for line in map(str.strip, row["text"].splitlines()) if len(line) > 12]
             found.update(zip(lines, lines[1:], lines[2:], strict=False))
@@ -302,17 +302,18 @@ def test_the_same_question_in_other_words_is_the_same_instance() -> None:
     import random
 
     rng = random.Random(0)
-    keys: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    keys: dict[frozenset[Any], set[str]] = defaultdict(set)
     for _ in range(4_000):
         instance = tasks.add(rng)
-        numbers = sorted((instance.fields["a"], instance.fields["b"]))  # type: ignore[type-var]
-        keys[tuple(numbers)].add(str(instance.key))
+        numbers = frozenset((instance.fields["a"], instance.fields["b"]))
+        keys[numbers].add(str(instance.key))
     assert all(len(found) == 1 for found in keys.values())
     assert len({next(iter(found)) for found in keys.values()}) == len(keys)
 
 
 def test_the_most_common_answer_of_a_family_is_no_good_answer() -> None:
-    train, validation = defaultdict(Counter), defaultdict(list)
+    train: dict[str, Counter[str]] = defaultdict(Counter)
+    validation: dict[str, list[Row]] = defaultdict(list)
     for row in rows("tasks", "train"):
         train[row["task"]][tasks.normal(row["answer"])] += 1
     for row in rows("tasks", "validation"):
@@ -352,7 +353,7 @@ def evaluate(row: Row) -> str:
             largest = re.search("largest|maximum|biggest|最大", prompt(row))
             return str(max(found) if largest else min(found))
         case "sort" if found:
-            down = re.search("large to small|descend|decreas|从大到小|降序", prompt(row))
+            down = re.search("large to small|descend|decreas|downward|从大到小|降序", prompt(row))
             ordered = sorted(found, reverse=bool(down))
             return ("、" if row["language"] == "zh" else ", ").join(map(str, ordered))
         case "compare":

@@ -26,7 +26,6 @@ from recipes.common.builtin.wordings import (
     PROMPTS,
     RAMBLINGS,
     REFUSALS,
-    THINGS,
     WEEKDAYS,
     Word,
 )
@@ -56,39 +55,29 @@ class Instance:
 
 
 def add(rng: random.Random) -> Instance:
-    level = rng.random()
-    if level < 0.3:
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-    elif level < 0.65:
-        b = rng.randint(1, 9)
-        a = rng.randint(10, 99 - b)
-    else:
-        a = rng.randint(10, 89)
-        b = rng.randint(10, 99 - a)
+    b = rng.randint(1, 9)
+    a = rng.randint(1, 9) if rng.random() < 0.3 else rng.randint(10, 99 - b)
+    fields: dict[str, Value] = {"a": a, "b": b}
     low, high = sorted((a, b))
-    if rng.random() < 0.5:
-        a, b = b, a
-    fields: dict[str, Value] = {"a": a, "b": b, "who": rng.choice(PEOPLE)}
     return Instance("add", (low, high), fields, a + b, [*number_slips(a + b), high - low])
 
 
 def subtract(rng: random.Random) -> Instance:
-    level = rng.random()
-    a = rng.randint(3, 20) if level < 0.4 else rng.randint(11, 99)
-    b = rng.randint(1, min(a - 1, 9)) if level < 0.7 else rng.randint(1, a - 1)
+    b = rng.randint(1, 9)
+    a = rng.randint(b + 1, 18) if rng.random() < 0.3 else rng.randint(11, 99)
     if a == 2 * b:  # the answer would stand in the question
-        b -= 1
-    fields: dict[str, Value] = {"a": a, "b": b, "who": rng.choice(PEOPLE)}
-    return Instance("subtract", (a, b), fields, a - b, [*number_slips(a - b), a + b])
+        a += 1
+    return Instance("subtract", (a, b), {"a": a, "b": b}, a - b, [*number_slips(a - b), a + b])
 
 
 def multiply(rng: random.Random) -> Instance:
-    a = rng.choice((2, 2, 3, 4, 5, 6, 7, 8, 9, 10))
-    b = rng.randint(2, 99 // a if a <= 5 else 9)
-    low, high = sorted((a, b))
-    if rng.random() < 0.5:
-        a, b = b, a
-    return Instance("multiply", (low, high), {"a": a, "b": b}, a * b, [*number_slips(a * b), a * b + a, a * b - b])
+    b = rng.choice((2, 2, 2, 3, 3, 4))
+    a = 0
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        a = 10 * a + rng.randint(0 if a else 1, 9 // b)  # no digit carries
+    if a == 1:
+        a = 11
+    return Instance("multiply", (a, b), {"a": a, "b": b}, a * b, [*number_slips(a * b), a + b, a * b + a])
 
 
 def extreme(rng: random.Random) -> Instance:
@@ -99,8 +88,8 @@ def extreme(rng: random.Random) -> Instance:
 
 
 def sort(rng: random.Random) -> Instance:
-    form = rng.choice(("ascending", "descending", "alphabetical"))
-    items: list[Any] = rng.sample(LETTERS, rng.randint(3, 5)) if form == "alphabetical" else some_numbers(rng)
+    form = rng.choice(("ascending", "descending"))
+    items = some_numbers(rng)
     ordered = sorted(items, reverse=form == "descending")
     if items == ordered:  # the answer would stand in the question
         items = items[::-1]
@@ -108,8 +97,7 @@ def sort(rng: random.Random) -> Instance:
 
 
 def reverse(rng: random.Random) -> Instance:
-    kind = rng.choice((THINGS, THINGS, LETTERS, range(1, 100)))
-    items: list[Any] = rng.sample(kind, rng.randint(3, 5))
+    items: list[Any] = rng.sample(rng.choice((LETTERS, range(1, 10))), few(rng))
     answer = items[::-1]
     return Instance("reverse", min(names(items), names(answer)), {"items": items}, answer, list_slips(rng, answer))
 
@@ -117,9 +105,9 @@ def reverse(rng: random.Random) -> Instance:
 def count(rng: random.Random) -> Instance:
     if rng.random() < 0.4:
         n = rng.randint(2, 7)
-        things = rng.sample(THINGS, n)
+        things = rng.sample(LETTERS, n)
         return Instance("count", names(things), {"items": things}, n, [n - 1, n + 1])
-    asked, *others = rng.sample(rng.choice((THINGS, LETTERS)), 3)
+    asked, *others = rng.sample(LETTERS, 3)
     n = rng.randint(1, 5)
     items = [asked] * n + rng.choices(others, k=rng.randint(1, 3))
     rng.shuffle(items)
@@ -127,24 +115,15 @@ def count(rng: random.Random) -> Instance:
     return Instance("occurrences", key, {"items": items, "item": asked}, n, [n - 1 or n + 2, n + 1, len(items)])
 
 
-def weekday(rng: random.Random) -> Instance:
-    day, sign = rng.randrange(7), rng.choice((1, -1))
-    n = rng.choice((2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 16, 20))
-    answer = day + sign * n
-    slips = [WEEKDAYS[slip % 7] for slip in (answer + 1, answer - 1, answer + 2, answer - 2, day - sign * n)]
-    form = "day after" if sign == 1 else "day before"
-    return Instance(form, (day, sign * n), {"day": WEEKDAYS[day], "n": n}, WEEKDAYS[answer % 7], slips)
-
-
 def date(rng: random.Random) -> Instance:
-    month, sign = rng.randrange(12), rng.choice((1, -1))
+    sign = rng.choice((1, -1))
     if rng.random() < 0.4:
-        n = rng.randint(2, 11)
-        answer = month + sign * n
-        slips = [MONTHS[slip % 12] for slip in (answer + 1, answer - 1, answer + 2, answer - 2, month - sign * n)]
-        form = "month after" if sign == 1 else "month before"
-        return Instance(form, (month, sign * n), {"month": MONTHS[month], "n": n}, MONTHS[answer % 12], slips)
-    n = rng.randint(2, 10)
+        day, n = rng.randrange(7), rng.randint(2, 6)
+        answer = day + sign * n
+        slips = [WEEKDAYS[slip % 7] for slip in (answer + 1, answer - 1, day - sign * n)]
+        form = "day after" if sign == 1 else "day before"
+        return Instance(form, (day, sign * n), {"day": WEEKDAYS[day], "n": n}, WEEKDAYS[answer % 7], slips)
+    month, n = rng.randrange(12), rng.randint(2, 9)
     day = rng.randint(1, 28 - n)  # so that no date leaves its month
     start, end = (day, day + n) if sign == 1 else (day + n, day)
     others = [end + 1, end - 1, end + 2, end - 2, end + 10, end - 10, start - sign * n]
@@ -153,9 +132,13 @@ def date(rng: random.Random) -> Instance:
     return Instance(form, (month, start, end), {"date": on(month, start), "n": n}, on(month, end), slips)
 
 
+def on(month: int, day: int) -> Word:
+    return Word(f"{MONTHS[month].en} {day}", f"{month + 1}月{day}日")
+
+
 def lookup(rng: random.Random) -> Instance:
-    goods = rng.sample(GOODS, rng.randint(2, 4))
-    prices = rng.sample(range(1, 20), len(goods))
+    goods = rng.sample(GOODS, rng.choice((2, 2, 3)))
+    prices = rng.sample(range(1, 10), len(goods))
     item, price = goods[0], prices[0]
     key = (item.en, *sorted((thing.en, cost) for thing, cost in zip(goods, prices, strict=True)))
     table = list(zip(goods, prices, strict=True))
@@ -167,21 +150,21 @@ def lookup(rng: random.Random) -> Instance:
         "table": Word(", ".join(f"{thing.en} {cost}" for thing, cost in table), chinese),
         "costs": Word(", ".join(f"{thing.en} cost {cost}" for thing, cost in table), chinese),
     }
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         return Instance("price", key, fields, price, [*prices[1:] * 3, price - 1 or price + 2, price + 1])
     return Instance("priced", key, fields, item, goods[1:])
 
 
 def compare(rng: random.Random) -> Instance:
-    form = rng.choice(("older", "younger", "more"))
+    form = rng.choice(("older", "younger"))
     x, y = rng.sample(PEOPLE, 2)
-    a, b = rng.sample(range(3, 80), 2)
-    winner, loser = (x, y) if (a > b) == (form != "younger") else (y, x)
+    a, b = rng.sample(range(3, rng.choice((10, 80))), 2)
+    winner, loser = (x, y) if (a > b) == (form == "older") else (y, x)
     return Instance(form, (min(a, b), max(a, b)), {"x": x, "y": y, "a": a, "b": b}, winner, [loser])
 
 
 def position(rng: random.Random) -> Instance:
-    items = rng.sample(rng.choice((THINGS, LETTERS)), rng.randint(3, 5))
+    items = rng.sample(LETTERS, few(rng))
     nth = rng.randrange(len(items))
     slips = [*items[max(0, nth - 1) : nth + 2], *items]  # the neighbours more often
     return Instance("position", (*names(items), nth), {"items": items, "nth": PLACES[nth]}, items[nth], slips)
@@ -197,7 +180,6 @@ FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
         sort,
         reverse,
         count,
-        weekday,
         date,
         lookup,
         compare,
@@ -207,12 +189,13 @@ FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
 
 
 def some_numbers(rng: random.Random) -> list[int]:
-    """Three to five different numbers, all below 10 or all below 100."""
-    return rng.sample(range(1, rng.choice((10, 100))), rng.randint(3, 5))
+    """Three to five different numbers below 10, or three below 100."""
+    return rng.sample(range(1, 100), 3) if rng.random() < 0.3 else rng.sample(range(1, 10), few(rng))
 
 
-def on(month: int, day: int) -> Word:
-    return Word(f"{MONTHS[month].en} {day}", f"{month + 1}月{day}日")
+def few(rng: random.Random) -> int:
+    """The length of a list: from three to five, the shorter the more often."""
+    return rng.choice((3, 3, 3, 4, 4, 5))
 
 
 def names(items: Sequence[int | Word]) -> tuple[str, ...]:

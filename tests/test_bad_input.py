@@ -1,0 +1,228 @@
+"""Wrong input to a recipe ends with exit code 2 and says what to change, without a traceback and without leaving a run behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_chat import make_model, make_tokenizer
+
+from recipes.common import machine
+from recipes.common.machine import Choice
+from recipes.pretraining import llama
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the cases name: a tokenizer, a model of it, texts good and bad."""
+    folder = tmp_path_factory.mktemp("sources")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    make_model(tokenizer).save_pretrained(folder / "model")
+    small = make_model(tokenizer)
+    small.resize_token_embeddings(100)
+    small.save_pretrained(folder / "small_model")
+    (folder / "text.txt").write_text("the cat sat on the mat\n" * 200)
+    (folder / "short.txt").write_text("one line\ntwo\nthree\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9 au lait\n" * 20)
+    (folder / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    (folder / "photo.png").write_bytes(b"\x89PNG")
+    (folder / "nothing").mkdir()
+    (folder / "broken.yaml").write_text("training: {max_steps: 3\n")
+    (folder / "list.yaml").write_text("- training\n")
+    (folder / "typo.yaml").write_text("training:\n  max_step: 3\n")
+    return folder
+
+
+def line(sources: Path, changes: dict[str, Any]) -> list[str]:
+    """The command line of a run that works, with changes; None leaves a word out."""
+    words = {
+        "model.tokenizer": "{}/tokenizer",
+        "model.config": json.dumps(MODEL),
+        "data.name": "{}/text.txt",
+        "llama.block_length": 64,
+        "llama.compare_with_xz": "false",
+        "training.max_steps": 2,
+        "training.per_device_train_batch_size": 2,
+        "training.bf16": "false",
+        **changes,
+    }
+    return [
+        word
+        for key, value in words.items()
+        if value is not None
+        for word in (f"--{key}", str(value).replace("{}/", f"{sources}/"))
+    ]
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return {"model.config": json.dumps({**MODEL, **changes})}
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    # misspelt keys, at each depth
+    ({"modle.name": "x"}, "model"),
+    ({"trainig.max_steps": 3}, "training"),
+    ({"training.max_step": 3}, "max_steps"),
+    ({"training.learning_rat": 1e-3}, "learning_rate"),
+    ({"llama.block_lenght": 3}, "block_length"),
+    ({"data.nmae": "x"}, "data.name"),
+    ({"run.nam": "x"}, "run.name"),
+    ({"model.tokeniser": "x"}, "model.tokenizer"),
+    (model(hiden_size=32), "hidden_size"),
+    (model(num_hidden_layer=2), "num_hidden_layers"),
+    (model(model_type="lama"), "llama"),
+    # wrong types and values
+    ({"training.max_steps": "many"}, "training.max_steps"),
+    ({"training.learning_rate": "fast"}, "training.learning_rate"),
+    ({"training.bf16": "perhaps"}, "training.bf16"),
+    ({"training.lr_scheduler_type": "cosin"}, "cosine"),
+    ({"training.seed": "lucky"}, "training.seed"),
+    ({"llama.block_length": "long"}, "llama.block_length"),
+    ({"llama.block_length": 0}, "llama.block_length"),
+    ({"llama.block_length": -64}, "llama.block_length"),
+    ({"llama.block_length": 1.5}, "llama.block_length"),
+    ({"llama.muon_learning_rate": 0}, "llama.muon_learning_rate"),
+    ({"llama.muon_learning_rate": -1}, "llama.muon_learning_rate"),
+    ({"llama.evaluation_stride": 0}, "llama.evaluation_stride"),
+    ({"llama.evaluation_stride": 1}, "llama.evaluation_stride"),
+    ({"llama.optimizer": "mion"}, "muon"),
+    ({"llama.mask_documents": "maybe"}, "llama.mask_documents"),
+    ({"model.dtype": "float8"}, "float16"),
+    ({"model.attention": "spda"}, "sdpa"),
+    ({"model.config": "llama"}, "model.config"),
+    ({"data.validation_fraction": 0}, "data.validation_fraction"),
+    ({"data.validation_fraction": 1.5}, "data.validation_fraction"),
+    ({"data.max_samples": 0}, "data.max_samples"),
+    ({"data.max_samples": -3}, "data.max_samples"),
+    ({"data.on_bad_row": "ignore"}, "skip"),
+    ({"run.threads": 0}, "run.threads"),
+    ({"run.time_limit_minutes": 0}, "run.time_limit_minutes"),
+    ({"run.resume": "sure"}, "run.resume"),
+    # models that cannot be
+    (model(hidden_size=0), "hidden_size is 0: it must be above 0"),
+    (model(num_hidden_layers=-1), "num_hidden_layers is -1"),
+    (model(num_attention_heads=0), "num_attention_heads is 0"),
+    (model(hidden_size=33), "not a multiple of num_attention_heads"),
+    (model(num_attention_heads=4, num_key_value_heads=3), "not a multiple of num_key_value_heads"),
+    (model(vocab_size=100), "they do not belong together"),
+    (model(max_position_embeddings=32), "the model has 32 positions"),
+    ({"model.config": "{}"}, "model_type"),
+    ({"model.config": '{"hidden_size": 32}'}, "needs a model_type"),
+    ({"model.config": "null", "model.name": "null"}, "either name (pretrained) or config"),
+    ({"model.name": "{}/model"}, "not both"),
+    ({"model.config": "null", "model.name": "{}/small_model"}, "they do not belong together"),
+    ({"model.config": "null", "model.name": "{}/modle"}, "did you mean"),
+    ({"model.config": "null", "model.name": "{}/nothing"}, "holds no config.json"),
+    ({"model.config": "null", "model.name": "nobody/no-such-model"}, "HF_HUB_OFFLINE"),
+    ({"model.tokenizer": "null"}, "model.tokenizer"),
+    ({"model.tokenizer": "nobody/no-such-tokenizer"}, "HF_HUB_OFFLINE"),
+    ({"model.tokenizer": "{}/nothing"}, "tokenizer"),
+    ({"model.chat_template": "{}/none.jinja"}, "no such file"),
+    # data
+    ({"data.name": "{}/txt.txt"}, "text.txt"),
+    ({"data.name": "{}/empty.txt"}, "is empty"),
+    ({"data.name": "{}/nothing"}, "holds no data file"),
+    ({"data.name": "{}/latin1.txt"}, "UTF-8"),
+    ({"data.name": "{}/broken.jsonl"}, "broken.jsonl:2"),
+    ({"data.name": "{}/photo.png"}, "photo.png"),
+    ({"data.name": "pydoc"}, "pydocs"),
+    ({"data.name": "nobody/no-such-set"}, "no-such-set"),
+    ({"data.name": "{}/short.txt", "llama.block_length": 60}, "shorter than one block of 60 tokens"),
+    ({"data.subset": "en"}, "data.subset"),
+    ({"data.split": "trian"}, "train"),
+    # the frame's own
+    ({"training.output_dir": "x"}, "leave it out"),
+    ({"training.resume_from_checkpoint": "x"}, "--run.resume true"),
+    ({"training.fp16": "true", "training.bf16": None}, "needs a GPU"),
+    ({"training.use_cpu": "false"}, "no GPU"),
+    ({"run.name": "a/b"}, "folder's name"),
+    ({"run.name": "../up"}, "folder's name"),
+    ({"run.resume": "true"}, "nothing to resume"),
+    ({"run.resume": "true", "run.overwrite": "true"}, "contradict"),
+    ({"config": "{}/none.yaml"}, "no such file"),
+    ({"config": "{}/broken.yaml"}, "broken.yaml"),
+    ({"config": "{}/list.yaml"}, "list.yaml"),
+    ({"config": "{}/typo.yaml"}, "max_steps"),
+]
+
+
+def refused(done: Any, says: str, root: Path) -> None:
+    assert done.code == 2, done.out + done.err
+    assert says in done.err
+    assert all(text.startswith("error: ") for text in done.err.splitlines()[:1]), done.err
+    assert "Traceback" not in done.err + done.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), CASES, ids=[" ".join(f"{k}={v}" for k, v in c.items())[:60] for c, _ in CASES]
+)
+def test_it_is_refused(
+    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, says: str
+) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    done = run_in_process(llama, line(sources, changes), tmp_path)
+    refused(done, says, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("model", "metrics.json", "metrics.jsonl")]
+
+
+def test_every_problem_is_said_at_once(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    wrong = {"training.max_step": 3, "llama.block_length": 0, "data.nmae": "x", "run.threads": "two"}
+    done = run_in_process(llama, line(sources, wrong), tmp_path)
+    assert done.code == 2
+    for word in ("max_step", "llama.block_length", "data.nmae", "run.threads"):
+        assert word in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_where_there_is_none(
+    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "choose_bf16", lambda: Choice(False, "this processor lacks it"))
+    done = run_in_process(llama, line(sources, {"training.bf16": "true"}), tmp_path)
+    refused(done, "this processor lacks it; leave it out", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "says"),
+    [
+        (["config.yaml", "metrics.json"], {}, "already holds a finished run"),
+        (["config.yaml"], {}, "already holds an unfinished run"),
+        (["thesis.txt"], {"run.overwrite": "true"}, "not deleting it"),
+        (["config.yaml"], {"run.resume": "true"}, "its config was another one"),
+    ],
+)
+def test_a_folder_that_is_taken_is_left_as_it_is(
+    run_in_process: Any, sources: Path, tmp_path: Path, files: list[str], more: dict[str, Any], says: str
+) -> None:
+    folder = tmp_path / "llama" / "default"
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text("{}\n")
+    refused(run_in_process(llama, line(sources, more), tmp_path), says, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert all((folder / name).read_text() == "{}\n" for name in files)
+
+
+def test_a_file_in_the_way_of_the_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "default").write_text("a file")
+    refused(run_in_process(llama, line(sources, {}), tmp_path), "is a file, not a run folder", tmp_path)
+
+
+def test_a_file_in_the_way_of_the_root(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("a file")
+    refused(run_in_process(llama, line(sources, {}), tmp_path / "root"), "choose another --run.root", tmp_path)
