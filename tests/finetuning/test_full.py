@@ -19,7 +19,8 @@ FEW = {
     "training.max_steps": 40,
     "training.max_length": 64,
     "training.per_device_train_batch_size": 8,
-    "training.learning_rate": 1e-2,
+    "full.optimizer": "adamw",
+    "training.learning_rate": 1e-2,  # AdamW's: with Muon it would be the embeddings' alone
     "training.warmup_steps": 0,
     "training.save_steps": 20,
     "training.bf16": "false",
