@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import NonNegativeFloat
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from recipes.common.config import Section
 from recipes.common.errors import UserError
@@ -63,6 +63,8 @@ class PPO:
     missing_stop_penalty: NonNegativeFloat = 1.0  # taken off the reward of an answer that does not end (Huang 2024)
     stop_kl: PositiveFloat | None = 0.05  # nats a token from pi_old at which a step's passes end; default: measured
     critic: Literal["separate", "shared"] = "separate"  # its own model, from the reward model (InstructGPT), or a head
+    critic_learning_rate: PositiveFloat | None = None  # default: training.learning_rate, which is the policy's
+    critic_warmup: NonNegativeInt = 0  # first steps in which the critic learns alone, the policy being as it was
 
 
 @dataclass
@@ -189,6 +191,7 @@ def update(
     accelerator: Accelerator,
     *,
     seed: int,
+    critic_only: bool = False,
 ) -> dict[str, float]:
     """A step's passes over its answers. Returns what was seen, over the minibatches and all processes."""
     import torch
@@ -220,8 +223,8 @@ def update(
                 )  # [b, R] each
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
-                loss = policy + ppo.value_coefficient * value  # [b, R]
-                if entropy is not None:
+                loss = ppo.value_coefficient * value + (0 if critic_only else policy)  # [b, R]
+                if entropy is not None and not critic_only:
                     loss = loss - ppo.entropy_coefficient * entropy
                 # the minibatch's mean over tokens: accelerate divides by the accumulation steps, the sum must not be
                 accelerator.backward((loss * m).sum() / tokens * args.gradient_accumulation_steps)
@@ -456,7 +459,10 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     preflight(run, learner, {"input_ids": ids, "attention_mask": mask}, args=args, total_steps=steps)
 
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, policy)
-    optimizer = optimizer_class(learner.parameters(), **{"weight_decay": args.weight_decay, **options})
+    policy_rate, critic_rate = options.pop("lr"), ppo.critic_learning_rate or args.learning_rate
+    others = [p for name, p in learner.named_parameters() if not name.startswith("policy.")]
+    groups = [{"params": policy.parameters(), "lr": policy_rate}, {"params": others, "lr": critic_rate}]
+    optimizer = optimizer_class(groups, **{"weight_decay": args.weight_decay, **options})
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:  # what accelerate would read off a DataLoader
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
@@ -476,7 +482,9 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         rollout = collect(
             models, [prompts[i] for i in chosen], config, accelerator, longest=ppo.max_new_tokens, seed=seed
         )
-        figures = update(models, optimizer, rollout, beta.value, config, accelerator, seed=seed)
+        figures = update(
+            models, optimizer, rollout, beta.value, config, accelerator, seed=seed, critic_only=step < ppo.critic_warmup
+        )
 
         mask = rollout.mask.float()
         kl, kl_k3 = (rlhf.kl_estimate(rollout.logprobs, rollout.reference, kind) * mask for kind in ("k1", "k3"))
