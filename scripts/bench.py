@@ -222,7 +222,7 @@ def sft(steps: int, rounds: int) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    from recipes.common.chat import add_chat_template, special_tokens
+    from recipes.common.chat import END_TOKEN, PAD_TOKEN, add_chat_template, special_tokens
     from recipes.common.sft import make_trainer
     from recipes.common.sft_packing import prepare
     from recipes.common.training import fit, training_defaults
@@ -246,7 +246,7 @@ def sft(steps: int, rounds: int) -> dict[str, Any]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator((m["content"] for row in conversations for m in row["messages"]), learner)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD_TOKEN, eos_token=END_TOKEN)
     add_chat_template(tokenizer)
 
     temporary = tempfile.TemporaryDirectory()
@@ -263,8 +263,10 @@ def sft(steps: int, rounds: int) -> dict[str, Any]:
         collate, sizes = trainer.data_collator, []
 
         def counted(samples: Any) -> Any:
-            sizes.append(sum(len(sample["input_ids"]) for sample in samples))
-            return collate(samples)
+            batch = collate(samples)  # a mask tells padding apart, also where the collator cuts; packed rows have none
+            mask = batch.get("attention_mask")
+            sizes.append(sum(len(row["input_ids"]) for row in samples) if mask is None else int(mask.sum()))
+            return batch
 
         trainer.data_collator = counted
         return sizes
