@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 from recipes.common.builtin.split import check_split, split_of
 from recipes.common.builtin.wordings import (
     GOODS,
-    LETTERS,
     MONTHS,
     PEOPLE,
     PLACES,
@@ -55,16 +54,28 @@ class Instance:
 
 
 def add(rng: random.Random) -> Instance:
-    b = rng.randint(1, 9)
-    a = rng.randint(1, 9) if rng.random() < 0.3 else rng.randint(10, 99 - b)
-    fields: dict[str, Value] = {"a": a, "b": b}
-    low, high = sorted((a, b))
-    return Instance("add", (low, high), fields, a + b, [*number_slips(a + b), high - low])
+    level = rng.random()
+    if level < 0.15:
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+    elif level < 0.85:  # two digits each, and no carry
+        tens, ones = rng.randint(1, 8), rng.randint(0, 9)
+        a, b = 10 * tens + ones, 10 * rng.randint(1, 9 - tens) + rng.randint(0, 9 - ones)
+    else:
+        b = rng.randint(1, 9)
+        a = rng.randint(10, 99 - b)
+    return Instance("add", (min(a, b), max(a, b)), {"a": a, "b": b}, a + b, [*number_slips(a + b), abs(a - b)])
 
 
 def subtract(rng: random.Random) -> Instance:
-    b = rng.randint(1, 9)
-    a = rng.randint(b + 1, 18) if rng.random() < 0.3 else rng.randint(11, 99)
+    level = rng.random()
+    if level < 0.15:
+        b = rng.randint(1, 9)
+        a = rng.randint(b + 1, 18)
+    elif level < 0.85:  # two digits each, and nothing borrowed
+        tens, ones = rng.randint(2, 9), rng.randint(0, 9)
+        a, b = 10 * tens + ones, 10 * rng.randint(1, tens - 1) + rng.randint(0, ones)
+    else:
+        a, b = rng.randint(11, 99), rng.randint(1, 9)
     if a == 2 * b:  # the answer would stand in the question
         a += 1
     return Instance("subtract", (a, b), {"a": a, "b": b}, a - b, [*number_slips(a - b), a + b])
@@ -97,43 +108,36 @@ def sort(rng: random.Random) -> Instance:
 
 
 def reverse(rng: random.Random) -> Instance:
-    items: list[Any] = rng.sample(rng.choice((LETTERS, range(1, 10))), few(rng))
+    items: list[Any] = rng.sample(range(1, 10), rng.choice((2, 3, 3, 4)))
     answer = items[::-1]
     return Instance("reverse", min(names(items), names(answer)), {"items": items}, answer, list_slips(rng, answer))
 
 
 def count(rng: random.Random) -> Instance:
-    if rng.random() < 0.4:
-        n = rng.randint(2, 7)
-        things = rng.sample(LETTERS, n)
-        return Instance("count", names(things), {"items": things}, n, [n - 1, n + 1])
-    asked, *others = rng.sample(LETTERS, 3)
-    n = rng.randint(1, 5)
-    items = [asked] * n + rng.choices(others, k=rng.randint(1, 3))
+    n = rng.randint(2, 6) if (distinct := rng.random() < 0.4) else rng.randint(1, 5)
+    others = [number for number in range(1, 10) if number != n]  # the answer would stand in the question
+    slips = [n + 1, n - 1 or n + 1]
+    if distinct:
+        items = rng.sample(others, n)
+        return Instance("count", tuple(items), {"items": items}, n, slips)
+    asked, other = rng.sample(others, 2)
+    items = [asked] * n + [other] * rng.randint(1, 3)
     rng.shuffle(items)
-    key = (asked.en, *names(items))
-    return Instance("occurrences", key, {"items": items, "item": asked}, n, [n - 1 or n + 2, n + 1, len(items)])
+    return Instance("occurrences", (asked, *items), {"items": items, "item": asked}, n, [*slips, len(items)])
 
 
 def date(rng: random.Random) -> Instance:
+    if rng.random() < 0.6:
+        year, month, day = rng.randint(1950, 2049), rng.randrange(12), rng.randint(1, 28)
+        written = f"{year}-{month + 1:02}-{day:02}"
+        slips = [MONTHS[slip % 12] for slip in (month + 1, month - 1, day - 1)]
+        return Instance("month of", (written,), {"date": Word(written, written)}, MONTHS[month], slips)
     sign = rng.choice((1, -1))
-    if rng.random() < 0.4:
-        day, n = rng.randrange(7), rng.randint(2, 6)
-        answer = day + sign * n
-        slips = [WEEKDAYS[slip % 7] for slip in (answer + 1, answer - 1, day - sign * n)]
-        form = "day after" if sign == 1 else "day before"
-        return Instance(form, (day, sign * n), {"day": WEEKDAYS[day], "n": n}, WEEKDAYS[answer % 7], slips)
-    month, n = rng.randrange(12), rng.randint(2, 9)
-    day = rng.randint(1, 28 - n)  # so that no date leaves its month
-    start, end = (day, day + n) if sign == 1 else (day + n, day)
-    others = [end + 1, end - 1, end + 2, end - 2, end + 10, end - 10, start - sign * n]
-    slips = [on(month, other) for other in others if 1 <= other <= 28] + [on((month + 1) % 12, end)]
-    form = "date after" if sign == 1 else "date before"
-    return Instance(form, (month, start, end), {"date": on(month, start), "n": n}, on(month, end), slips)
-
-
-def on(month: int, day: int) -> Word:
-    return Word(f"{MONTHS[month].en} {day}", f"{month + 1}月{day}日")
+    today, n = rng.randrange(7), rng.randint(1, 6)
+    answer = today + sign * n
+    slips = [WEEKDAYS[slip % 7] for slip in (answer + 1, answer - 1, today - sign * n)]
+    form = "day after" if sign == 1 else "day before"
+    return Instance(form, (today, sign * n), {"day": WEEKDAYS[today], "n": n}, WEEKDAYS[answer % 7], slips)
 
 
 def lookup(rng: random.Random) -> Instance:
@@ -143,12 +147,11 @@ def lookup(rng: random.Random) -> Instance:
     key = (item.en, *sorted((thing.en, cost) for thing, cost in zip(goods, prices, strict=True)))
     table = list(zip(goods, prices, strict=True))
     rng.shuffle(table)
-    chinese = "，".join(f"{thing.zh}{cost}元" for thing, cost in table)
+    chinese = "，".join(f"{thing.zh}{cost}" for thing, cost in table)
     fields: dict[str, Value] = {
         "item": item,
         "price": price,
         "table": Word(", ".join(f"{thing.en} {cost}" for thing, cost in table), chinese),
-        "costs": Word(", ".join(f"{thing.en} cost {cost}" for thing, cost in table), chinese),
     }
     if rng.random() < 0.6:
         return Instance("price", key, fields, price, [*prices[1:] * 3, price - 1 or price + 2, price + 1])
@@ -156,18 +159,24 @@ def lookup(rng: random.Random) -> Instance:
 
 
 def compare(rng: random.Random) -> Instance:
-    form = rng.choice(("older", "younger"))
+    form = rng.choice(("more", "fewer"))
     x, y = rng.sample(PEOPLE, 2)
-    a, b = rng.sample(range(3, rng.choice((10, 80))), 2)
-    winner, loser = (x, y) if (a > b) == (form == "older") else (y, x)
-    return Instance(form, (min(a, b), max(a, b)), {"x": x, "y": y, "a": a, "b": b}, winner, [loser])
+    a, b = rng.sample(range(1, 10), 2)
+    winner, loser = (x, y) if (a > b) == (form == "more") else (y, x)
+    return Instance(
+        form,
+        tuple(sorted(((x.en, a), (y.en, b)))),
+        {"points": Word(f"{x.en} {a}, {y.en} {b}", f"{x.zh}{a}，{y.zh}{b}")},
+        winner,
+        [loser],
+    )
 
 
 def position(rng: random.Random) -> Instance:
-    items = rng.sample(LETTERS, few(rng))
+    items = rng.sample(range(1, 10), few(rng))
     nth = rng.randrange(len(items))
     slips = [*items[max(0, nth - 1) : nth + 2], *items]  # the neighbours more often
-    return Instance("position", (*names(items), nth), {"items": items, "nth": PLACES[nth]}, items[nth], slips)
+    return Instance("position", (*items, nth), {"items": items, "nth": PLACES[nth]}, items[nth], slips)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
@@ -190,7 +199,7 @@ FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
 
 def some_numbers(rng: random.Random) -> list[int]:
     """Three to five different numbers below 10, or three below 100."""
-    return rng.sample(range(1, 100), 3) if rng.random() < 0.3 else rng.sample(range(1, 10), few(rng))
+    return rng.sample(range(1, 100), 3) if rng.random() < 0.15 else rng.sample(range(1, 10), few(rng))
 
 
 def few(rng: random.Random) -> int:
@@ -226,7 +235,7 @@ def say(value: Value, language: str) -> str:
         return value.zh if language == "zh" else value.en
     if isinstance(value, int):
         return str(value)
-    return ("、" if language == "zh" else ", ").join(say(item, language) for item in value)
+    return ", ".join(say(item, language) for item in value)
 
 
 def ask(instance: Instance, language: str, rng: random.Random) -> str:

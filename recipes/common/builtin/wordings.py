@@ -16,7 +16,8 @@ def words(names: str) -> list[Word]:
     return [Word(*name.split("/")) for name in names.split()]
 
 
-GOODS = words("apples/苹果 pears/梨 pens/笔 books/书 cups/杯子 eggs/鸡蛋 hats/帽子 bags/包 shoes/鞋 toys/玩具")
+# One Chinese character each, so that a row of a price list is as long whatever it lists.
+GOODS = words("pears/梨 pens/笔 books/书 bags/包 shoes/鞋 eggs/蛋 lamps/灯 fish/鱼 tea/茶 rice/米")
 PEOPLE = words("Anna/小安 Ben/小本 Tom/小明 Mary/小红 Lucy/小丽 Jack/小刚 Sam/小军 Emma/小华")
 WEEKDAYS = words(
     "Monday/星期一 Tuesday/星期二 Wednesday/星期三 Thursday/星期四 Friday/星期五 Saturday/星期六 Sunday/星期日"
@@ -28,87 +29,80 @@ MONTHS = words(
 PLACES = words("first/第一个 second/第二个 third/第三个 fourth/第四个 fifth/第五个")
 LETTERS = [Word(letter, letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
 
-# How each form is asked. The fields are the instance's; an English prompt's first letter is made a capital.
+# How each form is asked. The fields are the instance's; what is asked about comes last in every wording, so that it lies
+# at the same distance from the answer. An English prompt's first letter is made a capital.
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
     "add": {
-        "en": ("What is {a} + {b}?", "Add {a} and {b}.", "What is {a} plus {b}?"),
-        "zh": ("{a}+{b}等于多少？", "{a}加{b}是多少？"),
+        "en": ("What is {a} + {b}?", "Compute {a} + {b}.", "Add up: {a} + {b}."),
+        "zh": ("计算{a} + {b}。", "求和：{a} + {b}。"),
     },
     "subtract": {
-        "en": ("What is {a} - {b}?", "Take {b} from {a}.", "What is {a} minus {b}?"),
-        "zh": ("{a}-{b}等于多少？", "{a}减{b}是多少？"),
+        "en": ("What is {a} - {b}?", "Compute {a} - {b}.", "Subtract: {a} - {b}."),
+        "zh": ("计算{a} - {b}。", "求差：{a} - {b}。"),
     },
     "multiply": {
-        "en": ("What is {a} * {b}?", "Multiply {a} by {b}.", "What is {a} times {b}?"),
-        "zh": ("{a}*{b}等于多少？", "{a}乘{b}是多少？"),
+        "en": ("What is {a} * {b}?", "Compute {a} * {b}.", "Multiply: {a} * {b}."),
+        "zh": ("计算{a} * {b}。", "求积：{a} * {b}。"),
     },
     "largest": {
-        "en": ("Which is the largest: {items}?", "Find the largest of {items}.", "Give the maximum of {items}."),
-        "zh": ("{items}中最大的是多少？", "找出最大的数：{items}。"),
+        "en": ("Which is the largest: {items}?", "Find the largest: {items}.", "Give the maximum of {items}."),
+        "zh": ("哪个最大：{items}？", "找出最大的数：{items}。"),
     },
     "smallest": {
-        "en": ("Which is the smallest: {items}?", "Find the smallest of {items}.", "Give the minimum of {items}."),
-        "zh": ("{items}中最小的是多少？", "找出最小的数：{items}。"),
+        "en": ("Which is the smallest: {items}?", "Find the smallest: {items}.", "Give the minimum of {items}."),
+        "zh": ("哪个最小：{items}？", "找出最小的数：{items}。"),
     },
     "ascending": {
-        "en": ("Sort {items} from small to large.", "Put in increasing order: {items}.", "Sort upwards: {items}."),
-        "zh": ("把{items}从小到大排列。", "从小到大排序：{items}。"),
+        "en": ("Sort from small to large: {items}.", "Sort in ascending order: {items}.", "Sort upwards: {items}."),
+        "zh": ("从小到大排列：{items}。", "按升序排序：{items}。"),
     },
     "descending": {
-        "en": ("Sort {items} from large to small.", "Put in decreasing order: {items}.", "Sort downwards: {items}."),
-        "zh": ("把{items}从大到小排列。", "从大到小排序：{items}。"),
+        "en": ("Sort from large to small: {items}.", "Sort in descending order: {items}.", "Sort downwards: {items}."),
+        "zh": ("从大到小排列：{items}。", "按降序排序：{items}。"),
     },
     "reverse": {
-        "en": ("Reverse this list: {items}.", "Write {items} backwards.", "Say in reverse: {items}."),
-        "zh": ("把{items}倒过来写。", "倒序排列：{items}。"),
+        "en": ("Reverse this list: {items}.", "Write backwards: {items}.", "Say in reverse: {items}."),
+        "zh": ("倒过来写：{items}。", "倒序排列：{items}。"),
     },
     "count": {
-        "en": ("How many items are in {items}?", "Count these: {items}.", "How many are there: {items}?"),
-        "zh": ("{items}一共有几个？", "数一数有几个：{items}。"),
+        "en": ("How many numbers are in {items}?", "Count these numbers: {items}.", "How many are here: {items}?"),
+        "zh": ("一共有几个数：{items}？", "数一数有几个：{items}。"),
     },
     "occurrences": {
-        "en": (
-            "How many times is {item} in {items}?",
-            "Count each {item} in {items}.",
-            "How often is {item} in {items}?",
-        ),
-        "zh": ("{items}中有几个{item}？", "数一数{item}的个数：{items}。"),
+        "en": ("How many times is {item} in {items}?", "How often is {item} in {items}?", "Count {item} in {items}."),
+        "zh": ("有几个{item}：{items}？", "数一数{item}：{items}。"),
+    },
+    "month of": {
+        "en": ("Which month is it on {date}?", "Name the month of {date}."),
+        "zh": ("说出月份：{date}。", "这是几月：{date}？"),
     },
     "day after": {
-        "en": ("What day is {n} days after {day}?", "Today is {day}. What day is it in {n} days?"),
-        "zh": ("{day}之后{n}天是星期几？", "今天是{day}，{n}天后是星期几？"),
+        "en": ("What day is {n} days after {day}?", "Which weekday is {n} days after {day}?"),
+        "zh": ("从今天起{n}天后是星期几：{day}？", "过{n}天是星期几：{day}？"),
     },
     "day before": {
-        "en": ("What day is {n} days before {day}?", "Today is {day}. What day was it {n} days ago?"),
-        "zh": ("{day}之前{n}天是星期几？", "今天是{day}，{n}天前是星期几？"),
-    },
-    "date after": {
-        "en": ("What is {n} days after {date}?", "Today is {date}. What date is it in {n} days?"),
-        "zh": ("{date}之后{n}天是几号？", "今天是{date}，{n}天后是几号？"),
-    },
-    "date before": {
-        "en": ("What is {n} days before {date}?", "Today is {date}. What date was it {n} days ago?"),
-        "zh": ("{date}之前{n}天是几号？", "今天是{date}，{n}天前是几号？"),
+        "en": ("What day is {n} days before {day}?", "Which weekday is {n} days before {day}?"),
+        "zh": ("从今天起{n}天前是星期几：{day}？", "往前{n}天是星期几：{day}？"),
     },
     "price": {
-        "en": ("{costs}. How much do {item} cost?", "Prices: {table}. What do {item} cost?"),
-        "zh": ("{table}。{item}多少元？", "价格：{table}。{item}要多少元？"),
+        "en": ("Prices: {table}. How much: {item}?", "Price list: {table}. What price: {item}?"),
+        "zh": ("价格：{table}。多少元：{item}？", "价目表：{table}。要多少元：{item}？"),
     },
     "priced": {
-        "en": ("{costs}. What costs {price}?", "Prices: {table}. Which cost {price}?"),
-        "zh": ("{table}。什么卖{price}元？", "价格：{table}。哪样卖{price}元？"),
+        "en": ("Prices: {table}. Which for {price}?", "Price list: {table}. What costs {price}?"),
+        "zh": ("价格：{table}。哪样是{price}？", "价目表：{table}。什么卖{price}？"),
     },
-    "older": {
-        "en": ("{x} is {a} and {y} is {b}. Who is older?", "Who is older, {x} at {a} or {y} at {b}?"),
-        "zh": ("{x}{a}岁，{y}{b}岁，谁更大？", "谁更大，{a}岁的{x}还是{b}岁的{y}？"),
+    "more": {
+        "en": ("Who has more: {points}?", "Who has the larger number: {points}?"),
+        "zh": ("谁的多：{points}？", "谁的数更大：{points}？"),
     },
-    "younger": {
-        "en": ("{x} is {a} and {y} is {b}. Who is younger?", "Who is younger, {x} at {a} or {y} at {b}?"),
-        "zh": ("{x}{a}岁，{y}{b}岁，谁更小？", "谁更小，{a}岁的{x}还是{b}岁的{y}？"),
+    "fewer": {
+        "en": ("Who has fewer: {points}?", "Who has the smaller number: {points}?"),
+        "zh": ("谁的少：{points}？", "谁的数更小：{points}？"),
     },
     "position": {
-        "en": ("What is the {nth} item in {items}?", "Which is the {nth} of {items}?", "Name the {nth} one: {items}."),
-        "zh": ("{items}中{nth}是什么？", "说出{nth}：{items}。"),
+        "en": ("Which is the {nth} of {items}?", "Give the {nth} of {items}.", "What is the {nth} of {items}?"),
+        "zh": ("{nth}是什么：{items}？", "说出{nth}数：{items}。"),
     },
 }
 
