@@ -22,7 +22,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfil
 
 help:
 	@echo "make setup         build .venv and install the pinned stack (done by every target below when needed)"
-	@echo "make quickstart    raw text to an aligned model: tokenizer, llama, full, reward_model, ppo, report; offline, 15 minutes"
+	@echo "make quickstart    raw text to an aligned model: tokenizer, llama, full, reward_model, ppo, report; offline"
 	@echo "make chat          talk to it; MODEL=<folder or hub id> talks to another"
 	@echo "make list          every recipe, one line each"
 	@echo "make <recipe>      run one: CONFIG=cpu|gpu|cluster|<file> LAUNCH=<launcher> NPROC=<processes> ARGS=\"--section.key value\""

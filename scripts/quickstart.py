@@ -34,7 +34,7 @@ from recipes.common.training import duration  # noqa: E402
 
 @dataclass
 class Stage:
-    """One recipe of the chain. `minutes`: what it took on 2 cores with AVX512-BF16, for the time left."""
+    """One recipe of the chain. `minutes`: about what it takes on 2 cores with AVX512-BF16, for the time left."""
 
     recipe: str
     chapter: str
@@ -45,8 +45,8 @@ class Stage:
 
 STAGES = [
     Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, ("--tokenizer.kinds", "[bpe]")),
-    Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 6.5),
-    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.5),
+    Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 6.0),
+    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.0),
     Stage("reward_model", "alignment", "a reward model from ranked answers", 1.3),
     Stage("ppo", "alignment", "PPO against the reward model", 2.4),
 ]

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+SHORT_RUN: dict[str, Any] = {
+    "training.max_steps": 40,
+    "training.max_length": 64,
+    "training.per_device_train_batch_size": 8,
+    "training.warmup_steps": 0,
+    "training.save_steps": 20,
+    "training.bf16": "false",
+    "evaluation.max_samples": 12,
+    "evaluation.max_new_tokens": 4,
+}
+
+
+def command_line(values: Mapping[str, Any]) -> list[str]:
+    """`--key value` for each."""
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
 def make_tokenizer() -> Any:

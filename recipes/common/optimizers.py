@@ -16,7 +16,7 @@ import torch
 from torch.optim import AdamW, Muon, Optimizer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import TrainingArguments
 
 
 class MuonWithAdamW(Optimizer):
@@ -53,14 +53,7 @@ class MuonWithAdamW(Optimizer):
         self.adamw.load_state_dict(state_dict["adamw"])
 
 
-def muon_with_adamw(
-    model: nn.Module,
-    *,
-    muon_learning_rate: float,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-) -> MuonWithAdamW:
+def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
     """Muon on every hidden 2-D weight, fused AdamW on embeddings, head, norms and biases. Each group keeps its own rate under
     one schedule."""
     tables = {id(t.weight) for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None}
@@ -70,11 +63,11 @@ def muon_with_adamw(
     decayed = [p for p in rest if p.ndim == 2]
     plain = [p for p in rest if p.ndim != 2]
     adamw = AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=betas,
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
         fused=True,
     )
-    return MuonWithAdamW(
-        Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw
-    )
+    muon = Muon(matrices, lr=muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, adamw)

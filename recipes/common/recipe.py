@@ -127,12 +127,16 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
             training.n_gpu, 1
         )  # one process, one GPU: the Trainer would wrap the model in DataParallel
     run = open_folder(
-        where["run"], recipe=recipe, fingerprint=saved_config(loaded), dry=loaded.dry_run, given=_dotted(loaded),
+        where["run"], recipe=recipe, fingerprint=saved_config(loaded), dry=loaded.dry_run, given=loaded.given,
         resume=bool(run_values.get("resume")), overwrite=bool(run_values.get("overwrite")),
     )  # fmt: skip
     _say_choices(run, config)
     _seed(config)
-    figures = main(config, run)
+    try:
+        figures = main(config, run)
+    except (UserError, DryRunDone):
+        run.leave_if_unused()
+        raise
     if not run.dry:
         _finish(run, module.__doc__ or "", figures, started)
 
@@ -143,17 +147,6 @@ def saved_config(loaded: Loaded) -> str:
     for switch in ("resume", "overwrite"):
         values.get("run", {}).pop(switch, None)
     return to_yaml(values)
-
-
-def _dotted(loaded: Loaded) -> set[str]:
-    """`section.key` of everything that a file or the command line set."""
-    return {
-        f"{section}.{key}"
-        for section, values in loaded.values.items()
-        if isinstance(values, dict)
-        for key in values
-        if not loaded.origin(f"{section}.{key}").startswith(("default", "frame", "machine"))
-    }
 
 
 def _check_run_name(run_values: dict[str, Any]) -> None:

@@ -164,6 +164,17 @@ class RunFolder:
         wait_for_everyone()
         return path
 
+    def leave_if_unused(self) -> None:
+        """Remove the folder if nothing ran in it: after a refusal or a dry run it would pass for an unfinished run."""
+        if not self.is_main or not self.path.is_dir():
+            return
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()  # a Trainer makes it as it is built
+        if {entry.name for entry in self.path.iterdir()} <= {"config.yaml"}:
+            shutil.rmtree(self.path)
+            if not any(self.path.parent.iterdir()):
+                self.path.parent.rmdir()
+
     def card(self, text: str) -> None:
         """Add a paragraph to the model card."""
         self._paragraphs.append(text)

@@ -5,7 +5,7 @@ This file is imported for `--help`, so it imports nothing heavy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
@@ -65,4 +65,3 @@ class Run:
     overwrite: bool = False  # delete what a run of this name left
     threads: PositiveInt | None = None  # torch threads a process; default: this process's share of the cores
     time_limit_minutes: PositiveFloat | None = None  # stop cleanly (checkpoint, exit 130) after this long
-    tags: list[str] = field(default_factory=list)  # free words for the model card

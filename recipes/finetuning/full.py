@@ -63,14 +63,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     rows = prepare(conversations, tokenizer, model, config.training, run)
     trainer = sft.make_trainer(model, tokenizer, rows, config.training)
     if config.full.optimizer == "muon":
-        args = config.training
-        trainer.optimizer = muon_with_adamw(
-            model,
-            muon_learning_rate=config.full.muon_learning_rate,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-        )
+        trainer.optimizer = muon_with_adamw(model, config.training, config.full.muon_learning_rate)
     sft.announce(trainer, run)
 
     before = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "before")

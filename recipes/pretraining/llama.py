@@ -64,7 +64,12 @@ class Config:
 
 
 def bits_per_byte(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, stride: float
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    length: int,
+    stride: float,
+    bf16: bool = False,
 ) -> float:
     """Bits that the model needs for a byte of the texts: sum of -log2 p over all tokens, over the number of UTF-8 bytes.
 
@@ -85,10 +90,7 @@ def bits_per_byte(
     order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
     total, device = 0.0, model.device
     model.eval()
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, torch.bfloat16, enabled=model.config.dtype != torch.float64),
-    ):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for first in range(0, len(order), 16):
             chosen = order[first : first + 16]
             longest = max(len(windows[i]) for i in chosen)
@@ -121,7 +123,7 @@ def xz_bits_per_byte(training: list[str], held_out: list[str]) -> dict[str, floa
 def continue_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], tokens: int = 60
 ) -> str:
-    """Greedy-ish continuations, to read while it learns."""
+    """Sampled continuations (top-p 0.9, temperature 0.8), to read while it learns."""
     import torch
 
     shown = []
@@ -163,10 +165,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     optimizer = None  # None: the Trainer makes training.optim
     if llama.optimizer == "muon":
-        optimizer = muon_with_adamw(
-            model, muon_learning_rate=llama.muon_learning_rate, learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay, betas=(training.adam_beta1, training.adam_beta2),
-        )  # fmt: skip
+        optimizer = muon_with_adamw(model, training, llama.muon_learning_rate)
 
     class ShowSamples(TrainerCallback):
         """Text that the model writes at each checkpoint: how it learns, to be read."""
@@ -189,7 +188,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     run.plot_curve("loss", "loss")
 
     sizes = {"eval_bytes": sum(len(text.encode()) for text in held_out)}
-    scored = bits_per_byte(model, tokenizer, held_out, llama.block_length, llama.evaluation_stride)
+    scored = bits_per_byte(model, tokenizer, held_out, llama.block_length, llama.evaluation_stride, training.bf16)
     baseline = xz_bits_per_byte([row["text"] for row in data["train"]], held_out) if llama.compare_with_xz else {}
     return {"bits_per_byte": scored, **baseline, **sizes}
 

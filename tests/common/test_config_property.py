@@ -61,7 +61,7 @@ GOOD: dict[str, Any] = {
         "optim": "adamw_torch",
     },
     "evaluation": {"max_samples": 5},
-    "run": {"name": "x", "tags": ["a"], "threads": 1},
+    "run": {"name": "x", "threads": 1},
 }
 ODD_VALUES = st.one_of(
     st.sampled_from([None, True, False, 0, 1, -1, 1.0, 0.5, 1e4, 10**30, -(10**400), float("nan"), float("inf")]),

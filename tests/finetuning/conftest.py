@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON lines: whatever is asked, the answer is "yes"."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [{"prompt": f"Is it {n}?", "completion": "yes"} for n in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 class Heard(RunFolder):

@@ -9,39 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import make_model, make_tokenizer
+from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
 
 from recipes.finetuning import full
 
 Run = Callable[..., Any]
 Changes = dict[str, Any]
-FEW = {
-    "training.max_steps": 40,
-    "training.max_length": 64,
-    "training.per_device_train_batch_size": 8,
+FEW = SHORT_RUN | {
     "full.optimizer": "adamw",
     "training.learning_rate": 1e-2,  # AdamW's: with Muon it would be the embeddings' alone
-    "training.warmup_steps": 0,
-    "training.save_steps": 20,
-    "training.bf16": "false",
-    "evaluation.max_samples": 12,
-    "evaluation.max_new_tokens": 4,
 }
-
-
-@pytest.fixture(scope="session")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSON lines: whatever is asked, the answer is "yes"."""
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [{"prompt": f"Is it {n}?", "completion": "yes"} for n in range(400)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def arguments(chat_model: Path, data: Path | str, changes: Changes | None = None) -> list[str]:
     """The command line of a short run."""
-    values = {"model.name": chat_model, "data.name": data, **FEW, **(changes or {})}
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return command_line({"model.name": chat_model, "data.name": data, **FEW, **(changes or {})})
 
 
 def test_it_learns_and_leaves_a_model_that_answers(

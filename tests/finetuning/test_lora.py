@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_chat import make_model, make_tokenizer
+from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common.errors import UserError
@@ -20,35 +20,17 @@ from recipes.finetuning import lora
 
 Run = Callable[..., Any]
 Changes = dict[str, Any]
-FEW = {
+FEW = SHORT_RUN | {
     "lora.r": 8,
     "lora.lora_alpha": 32,
     "lora.target_modules": "[q_proj, v_proj, up_proj, down_proj]",
-    "training.max_steps": 40,
-    "training.max_length": 64,
-    "training.per_device_train_batch_size": 8,
     "training.learning_rate": 2e-2,
-    "training.warmup_steps": 0,
-    "training.save_steps": 20,
-    "training.bf16": "false",
-    "evaluation.max_samples": 12,
-    "evaluation.max_new_tokens": 4,
 }
-
-
-@pytest.fixture(scope="session")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSON lines: whatever is asked, the answer is "yes"."""
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [{"prompt": f"Is it {n}?", "completion": "yes"} for n in range(400)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def arguments(chat_model: Path, data: Path | str, changes: Changes | None = None) -> list[str]:
     """The command line of a short run."""
-    values = {"model.name": chat_model, "data.name": data, **FEW, **(changes or {})}
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return command_line({"model.name": chat_model, "data.name": data, **FEW, **(changes or {})})
 
 
 @pytest.fixture(scope="module")
