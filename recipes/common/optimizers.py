@@ -5,15 +5,20 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonali
     O_t = NewtonSchulz(mu B_{t-1} + G_t),    W_t = W_{t-1} - lr O_t
 
 Embeddings, the output head, norms and biases are no matrices that map hidden to hidden: they take AdamW.
+
+It needs each matrix whole, so it runs in one process or under DDP, and is refused under DeepSpeed and FSDP.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import AdamW, Muon, Optimizer
+
+from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -53,9 +58,26 @@ class MuonWithAdamW(Optimizer):
         self.adamw.load_state_dict(state_dict["adamw"])
 
 
+def refuse_muon_on_shards(args: TrainingArguments) -> None:
+    """Raise UserError where a library would hand Muon something else than whole matrices, without a word.
+
+    ZeRO flattens all parameters into one fp32 vector and gives each process a piece of it: no matrix is left, at any
+    stage; with offload DeepSpeed puts its own AdamW in this optimizer's place. Under FSDP transformers' Trainer takes no
+    optimizer that was built before the parameters were sharded.
+    """
+    for name, library in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
+        asked = os.environ.get(f"ACCELERATE_USE_{library.upper()}", "").lower() in ("true", "1")
+        if asked or getattr(args, name, None):
+            raise UserError(
+                f"optimizer: muon needs whole matrices, and {library} hands the optimizer pieces of them: set the "
+                "recipe's `optimizer: adamw`, or keep Muon and launch with LAUNCH=ddp or LAUNCH=single"
+            )
+
+
 def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
     """Muon on every hidden 2-D weight, fused AdamW on embeddings, head, norms and biases. Each group keeps its own rate under
-    one schedule."""
+    one schedule. Raises UserError where the matrices would be sharded."""
+    refuse_muon_on_shards(args)
     tables = {id(t.weight) for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None}
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.ndim == 2 and id(p) not in tables]

@@ -53,10 +53,12 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common import sft
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.sft_packing import prepare
     from recipes.common.training import fit
 
+    if config.full.optimizer == "muon":
+        refuse_muon_on_shards(config.training)
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
     conversations = load_data(config.data, "conversation")

@@ -143,12 +143,14 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.fused_loss import fuse_next_token_loss
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
     from recipes.common.training import fit, total_steps
 
     llama, training = config.llama, config.training
+    if llama.optimizer == "muon":
+        refuse_muon_on_shards(training)
     tokenizer = load_tokenizer(config.model, run)
     model = load_model(config.model, tokenizer, run)
     fuse_next_token_loss(model)

@@ -1,0 +1,52 @@
+"""Muon with AdamW: which parameters go where, and where it is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_chat import make_model, make_tokenizer
+
+from recipes.common.errors import UserError
+from recipes.common.optimizers import muon_with_adamw
+
+ARGS = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-8,
+    "deepspeed": None,
+    "fsdp": None,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model(make_tokenizer())
+
+
+def test_every_parameter_learns_once_and_muon_takes_hidden_matrices_only(model: Any) -> None:
+    optimizer = muon_with_adamw(model, SimpleNamespace(**ARGS), 0.01)
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    assert sorted(i for group in groups for i in group) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[i] for i in groups[0]}
+    assert by_muon and all(name.endswith("_proj.weight") for name in by_muon)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("library", ["DeepSpeed", "FSDP"])
+@pytest.mark.parametrize("by", ["launcher", "training"])
+def test_it_is_refused_where_matrices_are_sharded(
+    model: Any, monkeypatch: pytest.MonkeyPatch, library: str, by: str
+) -> None:
+    """ZeRO's optimizer sees pieces of a flat vector, at every stage; no error would follow."""
+    changes: dict[str, Any] = {}
+    if by == "launcher":  # what `accelerate launch` sets for zero1 .. zero3_offload and fsdp
+        monkeypatch.setenv(f"ACCELERATE_USE_{library.upper()}", "true")
+    else:
+        changes = {"deepspeed": "zero2.json"} if library == "DeepSpeed" else {"fsdp": "full_shard"}
+    with pytest.raises(UserError, match=f"{library} hands the optimizer pieces.*optimizer: adamw"):
+        muon_with_adamw(model, SimpleNamespace(**{**ARGS, **changes}), 0.01)
