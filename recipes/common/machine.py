@@ -11,8 +11,10 @@ import platform
 import resource
 import shutil
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 GIB = 1024**3
 
@@ -73,16 +75,25 @@ def choose_bf16() -> Choice:
 
 @functools.cache
 def can_compile() -> Choice:
-    """torch.compile needs a C++ compiler on a CPU and Triton on a GPU."""
+    """torch.compile needs a compiler (C++ on a CPU; on a GPU Triton, and C for its launchers) and Python's headers."""
+    missing = []
     if has_gpu():
         import importlib.util
 
-        found = importlib.util.find_spec("triton") is not None
-        return Choice(found, "Triton is installed" if found else "Triton is not installed")
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+        if importlib.util.find_spec("triton") is None:
+            missing.append("Triton is not installed")
+        language, variable, names = "C", "CC", ("gcc", "clang", "cc")
+    else:
+        language, variable, names = "C++", "CXX", ("g++", "clang++", "c++")
+    compiler = os.environ.get(variable) or next((name for name in names if shutil.which(name)), None)
     if compiler is None or shutil.which(compiler) is None:
-        return Choice(False, "no C++ compiler was found (install g++)")
-    return Choice(True, f"C++ compiler {compiler}")
+        missing.append(f"no {language} compiler was found (install {names[0]})")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():  # a system's Python comes without; what torch.compile makes is a module of Python's
+        missing.append(f"{header} is not there (install python{sysconfig.get_python_version()}-dev)")
+    if missing:
+        return Choice(False, "; ".join(missing))
+    return Choice(True, f"{language} compiler {compiler}")
 
 
 @functools.cache
