@@ -230,6 +230,8 @@ def open_folder(
         _prepare(path, fingerprint, resume, overwrite)
     if resume:
         run.resume_from = last_complete_checkpoint(run.checkpoints)
+        if run.resume_from is None:
+            run.say(f"{path} holds no complete checkpoint to go on from: starting afresh")
         run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
     return run
 

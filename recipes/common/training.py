@@ -13,14 +13,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common import machine
 from recipes.common.errors import Interrupted, UserError
+from recipes.common.launch import check_world_size
 from recipes.common.run_folder import COMPLETE, RunFolder, wait_for_everyone, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
     from transformers import Trainer, TrainingArguments
 
 COMPILE_SECONDS = (
@@ -257,10 +259,14 @@ def compile_if_it_pays(model: Any, run: RunFolder, seconds_left: float) -> bool:
 
 
 def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = None) -> None:
-    """`trainer.train()` with the frame around it. Raises Interrupted once a stopped run's checkpoint is on disk."""
+    """`trainer.train()` with the frame around it. Raises Interrupted once a stopped run's checkpoint is on disk.
+
+    Raises UserError if the processes did not come together as one group, or at a loss that is not a number.
+    """
     from transformers import PrinterCallback, ProgressCallback
 
     args = trainer.args
+    check_world_size(trainer.accelerator.num_processes)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     with StopSignals(time_limit_minutes) as stop:
@@ -274,9 +280,8 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
             frame.report.finish()
-            trainer.model._compiled_call_impl = (
-                None  # what follows has other shapes: evaluation and generation run eagerly
-            )
+            # what follows has other shapes: evaluation and generation run eagerly
+            cast("nn.Module", trainer.model)._compiled_call_impl = None
         if frame.interrupted:
             raise Interrupted(f"{stop.reason}: checkpoint after step {trainer.state.global_step}")
     wait_for_everyone()
@@ -377,15 +382,20 @@ def _frame_callback() -> type:
 
 
 def make_accelerator(args: TrainingArguments, **options: Any) -> Accelerator:
-    """An Accelerator with the precision and accumulation that the `training` section says."""
+    """An Accelerator with the precision and accumulation that the `training` section says.
+
+    Raises UserError if the processes did not come together as one group.
+    """
     from accelerate import Accelerator
 
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         cpu=args.use_cpu,
         **options,
     )
+    check_world_size(accelerator.num_processes)
+    return accelerator
 
 
 class Loop:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ import torch
 from recipes.common import machine, training
 from recipes.common.errors import Interrupted, UserError
 from recipes.common.machine import Choice
-from recipes.common.run_folder import RunFolder, last_complete_checkpoint
-from recipes.common.training import Loop, StepReport, StopSignals, duration, make_accelerator, training_defaults
+from recipes.common.run_folder import RunFolder, last_complete_checkpoint, open_folder
+from recipes.common.training import Loop, StepReport, StopSignals, duration, fit, make_accelerator, training_defaults
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +153,38 @@ def test_a_half_written_checkpoint_is_passed_over(arguments: Any, tmp_path: Path
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
     assert [row["step"] for row in run.history()] == list(range(1, 11))
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh(
+    arguments: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, losses = train(made(tmp_path / "whole"), arguments())
+    killed = made(tmp_path / "killed")
+    (killed.path / "config.yaml").write_text("a: 1\n")
+    killed.log(1, loss=99.0)
+    (killed.checkpoints / "checkpoint-4").mkdir(parents=True)  # half-written
+    again = open_folder(
+        killed.path, recipe="test", fingerprint="a: 1\n", resume=True, overwrite=False, dry=False, given=set()
+    )
+    assert f"{killed.path} holds no complete checkpoint to go on from: starting afresh" in capsys.readouterr().out
+    weights_again, losses_again = train(again, arguments())
+    assert torch.equal(weights, weights_again)
+    assert losses == losses_again
+    assert [row["step"] for row in again.history()] == list(range(1, 11))  # nothing of the killed run is left
+
+
+def test_processes_that_formed_no_group_are_refused(monkeypatch: pytest.MonkeyPatch, arguments: Any) -> None:
+    """In a loop written out and in a library's Trainer; each process would train by itself."""
+    alone = SimpleNamespace(num_processes=1)
+    args = arguments()
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: alone)
+    for name in ("WORLD_SIZE", "RECIPES_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match="2 processes were started, and the group that they formed has 1"):
+        make_accelerator(args)
+    with pytest.raises(UserError, match="2 processes were started, and the group that they formed has 1"):
+        fit(SimpleNamespace(args=args, accelerator=alone), None)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])

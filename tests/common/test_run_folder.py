@@ -1,0 +1,235 @@
+"""The run folder: written whole or not at all, whose it is, and what resume and overwrite may do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.common.errors import UserError
+from recipes.common.run_folder import (
+    COMPLETE,
+    RunFolder,
+    folder_written_atomically,
+    last_complete_checkpoint,
+    open_folder,
+    write_atomically,
+)
+
+CONFIG = "training:\n  max_steps: 3\nrun:\n  name: default\n"
+
+
+def opened(path: Path, **how: Any) -> RunFolder:
+    """The folder as `run_recipe` opens it."""
+    usual = {"fingerprint": CONFIG, "resume": False, "overwrite": False, "dry": False, "given": set()}
+    return open_folder(path, recipe="test", **{**usual, **how})
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
+    made = folder / "checkpoints" / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    if complete:
+        (made / COMPLETE).touch()
+    return made
+
+
+# ---------------------------------------------------------------------------------------------- atomic writes
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "a.txt"
+    write_atomically(file, "first")
+    write_atomically(file, b"second")
+    assert content(tmp_path) == {"deep/a.txt": "second"}
+    assert file.stat().st_mode & 0o777 == 0o644  # mkstemp's own would shut out everybody else
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "a.txt", "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "a.txt", "new, cut short")
+    assert content(tmp_path) == {"a.txt": "old"}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with folder_written_atomically(target) as folder:
+        (folder / "old.txt").write_text("old")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), folder_written_atomically(target) as folder:
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError
+    assert content(tmp_path) == {"model/old.txt": "old"}
+    with folder_written_atomically(target) as folder:
+        (folder / "new.txt").write_text("new")
+    assert content(tmp_path) == {"model/new.txt": "new"}  # the old files are gone, not mixed with the new
+
+
+# ---------------------------------------------------------------------------------------------- whose it is
+
+
+def test_a_new_folder_holds_its_config(tmp_path: Path) -> None:
+    run = opened(tmp_path / "new")
+    assert content(run.path) == {"config.yaml": CONFIG}
+    assert run.resume_from is None
+
+
+@pytest.mark.parametrize(("finished", "said"), [(False, "an unfinished run"), (True, "a finished run")])
+def test_a_folder_that_is_taken_is_not_touched(tmp_path: Path, finished: bool, said: str) -> None:
+    run = opened(tmp_path / "run")
+    run.log(1, loss=1.0)
+    if finished:
+        write_atomically(run.path / "metrics.json", "{}")
+    before = content(run.path)
+    with pytest.raises(UserError, match=f"already holds {said}.*--run.resume true.*--run.overwrite true"):
+        opened(run.path)
+    assert content(run.path) == before
+
+
+def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
+    run = opened(tmp_path / "dry", dry=True, overwrite=True)
+    run.log(1, loss=1.0)
+    run.sample("a.txt", "text")
+    run.plot("loss", lambda axes: None)
+    assert not run.path.exists()
+
+
+def test_other_ranks_write_and_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    run = opened(tmp_path / "run")
+    run.say("hello")
+    run.choose("precision", "bf16", "because")
+    run.log(1, loss=1.0)
+    run.sample("a.txt", "text")
+    run.leave_if_unused()
+    assert not run.path.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file, not a run folder"):
+        opened(tmp_path / "run")
+    with pytest.raises(UserError, match="cannot write to the run folder"):
+        opened(tmp_path / "run" / "below")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------- overwrite
+
+
+def test_overwrite_deletes_what_a_run_left(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    run.log(1, loss=1.0)
+    checkpoint(run.path, 4)
+    again = opened(run.path, overwrite=True, fingerprint="another: 1\n")
+    assert content(again.path) == {"config.yaml": "another: 1\n"}
+    assert again.resume_from is None
+
+
+def test_overwrite_deletes_no_folder_that_no_recipe_made(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no recipe made it: not deleting it"):
+        opened(tmp_path, overwrite=True)
+    assert content(tmp_path) == {"thesis.txt": "years of work"}
+
+
+def test_resume_and_overwrite_contradict(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contradict each other"):
+        opened(tmp_path / "run", resume=True, overwrite=True)
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_takes_the_last_complete_checkpoint_and_drops_what_came_after_it(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    for step in range(1, 13):
+        run.log(step, loss=float(step))
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # the process was killed in the middle of a line
+    for step in (4, 8, 10):
+        checkpoint(run.path, step)
+    checkpoint(run.path, 12, complete=False)
+    again = opened(run.path, resume=True)
+    assert again.resume_from == run.checkpoints / "checkpoint-10"  # by number: as text 8 would be the last
+    assert [row["step"] for row in again.history()] == list(range(1, 11))
+
+
+def test_resume_without_a_complete_checkpoint_starts_afresh_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = opened(tmp_path / "run")
+    run.log(1, loss=1.0)
+    checkpoint(run.path, 4, complete=False)
+    again = opened(run.path, resume=True)
+    assert again.resume_from is None and again.history() == []
+    assert "holds no complete checkpoint to go on from: starting afresh" in capsys.readouterr().out
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to resume"):
+        opened(tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_resume_under_another_config_names_the_first_difference(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    with pytest.raises(UserError, match=r"`max_steps: 5` \(was `max_steps: 3`\)"):
+        opened(run.path, resume=True, fingerprint=CONFIG.replace("3", "5"))
+    assert content(run.path) == {"config.yaml": CONFIG}
+
+
+def test_checkpoints_of_other_names_are_none(tmp_path: Path) -> None:
+    for name in ("checkpoint-best", "tmp-checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / COMPLETE).touch()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+# ---------------------------------------------------------------------------------------------- what is left
+
+
+def test_a_folder_in_which_nothing_ran_goes_again(tmp_path: Path) -> None:
+    run = opened(tmp_path / "recipe" / "run")
+    run.checkpoints.mkdir()
+    run.leave_if_unused()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_something_ran_stays(tmp_path: Path) -> None:
+    run = opened(tmp_path / "recipe" / "run")
+    run.log(1, loss=1.0)
+    run.leave_if_unused()
+    assert (run.path / "config.yaml").exists() and len(run.history()) == 1
+
+
+def test_not_a_number_is_null_in_the_metrics(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    run.log(1, loss=float("nan"), reward=float("inf"), accuracy=0.5)
+    (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "reward": None, "accuracy": 0.5}
+
+
+def test_a_choice_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = opened(tmp_path / "run")
+    for _ in range(2):
+        run.choose("precision", "bf16", "the processor has it")
+    assert capsys.readouterr().out == "  precision: bf16 (the processor has it)\n"
+    assert run.choices == {"precision": "bf16 (the processor has it)"}
