@@ -210,7 +210,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """A prompt as policy and reward model see it: the chat template up to where the assistant is to answer."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]  # its annotation covers every option
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
@@ -233,13 +235,13 @@ def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     ).last_hidden_state
 
 
-def score_head(model: PreTrainedModel, states: Tensor) -> Tensor:
+def score_head(model: Any, states: Tensor) -> Tensor:
     """The scalar head outside of autocast: [..., H] -> [...] in fp32. bf16 would round a score of 4 to 1/32."""
     with torch.autocast(states.device.type, enabled=False):
         return model.score(states.to(model.score.weight.dtype)).squeeze(-1).float()
 
 
-def keep_head_in_full_precision(model: PreTrainedModel) -> None:
+def keep_head_in_full_precision(model: Any) -> None:
     """Run the score head outside of autocast in the model's own forward too: differences of rounded scores teach little."""
     head = model.score.forward
 
@@ -266,7 +268,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # Llama and its kin call the functional form
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -310,7 +312,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.mean, self.std = getattr(scale, "reward_mean", 0.0), getattr(scale, "reward_std", 1.0)
-        self.head = None
+        self.head: Any = None
         if critic is None:
             self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
             nn.init.zeros_(self.head.weight)
