@@ -58,6 +58,7 @@ class Run:
     steps: PositiveInt | None = None
     verbose: bool = False
     tags: list[str] = field(default_factory=list)
+    kinds: list[Literal["linear", "cosine"]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=lambda: [1, 2])
     either: str | list[str] = "one"
     schedule: Schedule = Schedule.LINEAR
@@ -453,6 +454,24 @@ MISTAKES: list[tuple[str, str | bytes | None, list[str], list[str]]] = [
     ("list for text", "run: {name: [a]}", [], ["must be text, not a list"]),
     ("text for a list", "run: {tags: a}", [], ["must be a list of texts, not `a`", "write `[a]`"]),
     ("wrong item", "run: {sizes: [1, x]}", [], ["must be a list of whole numbers, not `[1, x]`"]),
+    (
+        "wrong choice in a list",
+        "run:\n  kinds:\n    - linear\n    - cosin",
+        [],
+        ["`run.kinds[1]` must be one of `linear`, `cosine`, not `cosin`", "did you mean `cosine`?", "cpu.yaml:4"],
+    ),
+    (
+        "wrong choice in a list, flag",
+        None,
+        ["--run.kinds", "[linaer, cosine]"],
+        ["`run.kinds[0]` must be one of `linear`, `cosine`, not `linaer`", "did you mean `linear`?", "(--run.kinds)"],
+    ),
+    (
+        "number in a list of choices",
+        "run: {kinds: [3]}",
+        [],
+        ["`run.kinds[0]` must be one of", "not `3`", "cpu.yaml:1"],
+    ),
     ("text for a mapping", "model: {config: llama}", [], ["must be a mapping or null, not `llama`"]),
     ("mapping for a number", "run: {rate: {a: 1}}", [], ["must be a number, not a mapping"]),
     ("key inside of a number", None, ["--run.rate.x", "1"], ["must be a number, not a mapping", "(--run.rate.x)"]),

@@ -179,6 +179,23 @@ def choices_of(hint: Any) -> list[Any]:
     return found
 
 
+def bad_items(hint: Any, node: Node) -> list[tuple[int, Any, Node]]:
+    """Of a list of choices: which items are none of them, as (place, annotation of an item, the item)."""
+    if not isinstance(node.value, list):
+        return []
+    for member in alternatives(_judged(hint)):
+        origin, args = get_origin(member), get_args(member)
+        if (origin in (list, set) or (origin is tuple and Ellipsis in args)) and choices_of(args[0]):
+            found = []
+            for place, item in enumerate(node.value):
+                try:
+                    parse_value(args[0], item)
+                except Refused:
+                    found.append((place, args[0], item))
+            return found
+    return []
+
+
 def containers(hint: Any) -> set[Any]:
     """Which of list and dict the annotation takes at all: then it is something inside that was refused."""
     return {get_origin(m) or m for m in alternatives(_judged(hint))} & {list, dict}

@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.common.config.reading import DEFAULT, Node, kind
 from recipes.common.config.schema import Field, Library, keys_of
-from recipes.common.config.values import FINITE, Refused, containers, fix, narrowed, parse_value, words
+from recipes.common.config.values import FINITE, Refused, bad_items, containers, fix, narrowed, parse_value, words
 
 # What people write for a key: its name in older versions of the libraries, or a short one.
 RENAMED = {
@@ -158,6 +158,13 @@ class Walk:
         except Refused:
             pass
         part.broken = True
+        if wrong := bad_items(hint, node):
+            for place, choice, item in wrong:
+                remedy = fix(choice, item, dataclasses.MISSING)
+                where = node.where if node.flag else item.where
+                must = f"must be {words(choice, section=part.path)}, not {kind(item)}{remedy}"
+                self.problems.append(f"`{path}[{place}]` {must} {where}")
+            return
         expected = words(hint, section=part.path)
         if field.section is not None:
             expected = f"a mapping or {expected}"
