@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from recipes.common import formats
 from recipes.common.errors import UserError
 from recipes.common.formats import BadRow, Kind
+from recipes.common.hub import is_cached, why_not_on_hub
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:
@@ -59,14 +60,12 @@ SPLIT_NAMES = {
 }
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")  # tried in this order
 NOT_DATA = re.compile(r"(readme|licen[sc]e|copying|changelog)(\.\w+)?|dataset_infos?\.json", re.IGNORECASE)
-HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 PROBLEMS_SHOWN = 10  # different things that are wrong, before the rest is only counted
 BATCH_ROWS = 5_000  # rows turned into Arrow at once ...
 BATCH_CHARACTERS = 64_000_000  # ... or characters, whichever comes first (a text file is one row)
 IN_MEMORY_BYTES = 512_000_000  # a larger table moves to the disk (HF_DATASETS_CACHE) and is memory-mapped
 LONGEST_TEXT = 1_000_000_000  # characters of one row: Arrow's strings end at 2 GiB
-HUB_TIMEOUT = 10  # seconds to find out whether the hub can be reached
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[int, Row | BadRow]]  # (number in the source from 1, the raw row or why there is none)
@@ -317,8 +316,9 @@ def _split_of(inside: Path) -> str | None:
 def _open_hub(name: str, data: Data) -> Source:
     import datasets
 
-    reason = _why_not_on_hub(name)
-    if reason:
+    if _format_of(Path(name)):  # train.jsonl could be a hub id by its form, and is a file by its ending
+        raise UserError(_not_found(name, "it has not the form of a hub id (owner/name)"))
+    if not is_cached(name, "dataset") and (reason := why_not_on_hub(name, "dataset")):
         raise UserError(_not_found(name, reason))
     try:
         splits = tuple(str(split) for split in datasets.get_dataset_split_names(name, data.subset))
@@ -341,25 +341,6 @@ def _load_hub(name: str, subset: str | None, split: str, streaming: bool = False
         return datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except _hub_errors() as error:
         raise UserError(_hub_problem(name, subset, error)) from None
-
-
-def _why_not_on_hub(name: str) -> str | None:
-    """Why the hub cannot give us this data set; None if it can, or if it is in the cache from an earlier time."""
-    if not HUB_ID.fullmatch(name) or _format_of(Path(name)):
-        return "it has not the form of a hub id (owner/name)"
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
-        return None
-    try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
-    except RepositoryNotFoundError:
-        return "the hub has no public data set of that name (for a private one, log in with `hf auth login`)"
-    except Exception as error:  # whatever the HTTP library of the day raises: the text is passed on
-        return f"the hub cannot be reached from here ({type(error).__name__}: {_first_line(error)})"
-    return None
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

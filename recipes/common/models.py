@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
+from recipes.common.hub import is_cached, why_not_on_hub
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Model
 
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = 500_000_000  # parameters above which a dry run does not fill the weights
+# What a recipe is told when another one needs its result: the tokenizer's would train four kinds to compare them.
+MADE_WITH: dict[str, tuple[str, ...]] = {"tokenizer": ("--tokenizer.kinds", "[bpe]")}
 
 
 def ensure_made(name: str, run: RunFolder) -> str:
     """Make what `name` points at if it is another recipe's result that is not there yet, and give the path.
 
     `runs/llama/default/model` is what `make llama` leaves; on a fresh machine the recipes that later ones stand on run
-    first, once, with their laptop config. Other names come back as they are.
+    first, once, with their laptop config (MADE_WITH: no more of it than is needed). Other names come back as they are.
     """
     made = re.fullmatch(r"(.*?)([\w-]+)/([\w-]+)/(model|adapter)/?", name)
     if made is None or Path(name).exists():
@@ -35,18 +38,12 @@ def ensure_made(name: str, run: RunFolder) -> str:
     scripts = [p for p in (ROOT / "recipes").glob(f"*/{recipe}.py") if p.parent.name != "common"]
     if not scripts or Path(root or ".").name != "runs":
         return name
-    script = scripts[0].relative_to(ROOT)
     if run.dry or int(os.environ.get("WORLD_SIZE", "1")) > 1 or run_name != "default":
         raise UserError(f"{name} is not there yet: `make {recipe}` makes it")
     run.say(f"{name} is not there yet: running `make {recipe}` first")
-    unfinished = Path(name).parent.exists()
-    command = [
-        sys.executable,
-        str(script),
-        "--run.root",
-        root.rstrip("/"),
-        *(["--run.resume", "true"] if unfinished else []),
-    ]
+    begun = Path(name).parent / "config.yaml"  # of a run that was interrupted: it goes on under its own config
+    how = ["--config", str(begun), "--run.resume", "true"] if begun.exists() else MADE_WITH.get(recipe, ())
+    command = [sys.executable, str(scripts[0]), "--run.root", root.rstrip("/"), *how]
     code = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
     if code != 0:
         raise UserError(
@@ -71,15 +68,23 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         raise UserError(
             f"model: {name} holds no config.json, so it is not a saved model; point at the folder that holds it"
         )
+    if not looks_local and (reason := why_not_on_hub(name, "model")):
+        if not is_cached(name, "model"):
+            raise UserError(_no_such(what, name, reason))
+        options["local_files_only"] = True  # what an earlier run fetched serves without a network too
     try:
         return load(name, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if looks_local:
             raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
-        raise UserError(
-            f"model: no {what} `{name}`: it is not a local folder, and the hub does not give it ({first_line(error)}); "
-            "check the name, the network (HF_HUB_OFFLINE), and `hf auth login` for gated models"
-        ) from error
+        raise UserError(_no_such(what, name, f"the hub does not give it ({first_line(error)})")) from error
+
+
+def _no_such(what: str, name: str, reason: str) -> str:
+    return (
+        f"model: no {what} `{name}`: it is not a local folder, and {reason}; "
+        "check the name, the network (HF_HUB_OFFLINE), and `hf auth login` for gated models"
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -116,6 +121,7 @@ def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False) -> PreTr
 
 def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
     """A library config from `model.config`: model_type and that class's fields, each checked. The tokenizer gives vocab_size."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     fields = dict(fields)
@@ -161,6 +167,8 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
         return config_class(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"model.config: {first_line(error)}") from error
+    except StrictDataclassError as error:  # its first line names the field, its cause says what is wrong with it
+        raise UserError(f"model.config: {first_line(error.__cause__ or error)}") from error
 
 
 SIZES = ("_size", "_layers", "_heads", "_embeddings", "_dim", "_theta", "_eps")
