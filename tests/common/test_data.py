@@ -13,7 +13,7 @@ import pytest
 
 from recipes.common import data as door
 from recipes.common.builtin import BUILTINS
-from recipes.common.data import load_data
+from recipes.common.data import load_data, tables
 from recipes.common.errors import UserError
 from recipes.common.sections import Data
 
@@ -545,10 +545,10 @@ def test_bad_folder(tmp_path, files, fragments):
 def test_many_batches_and_a_table_on_the_disk(tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(door, "BATCH_ROWS", 7)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 7)
     file = write_jsonl(tmp_path / "a.jsonl", qa(100))
     small = load_data(Data(name=file), "conversation")
-    monkeypatch.setattr(door, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 1000)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     large = load_data(Data(name=file), "conversation")
     assert {k: v.to_list() for k, v in small.items()} == {k: v.to_list() for k, v in large.items()}

@@ -1,0 +1,243 @@
+"""Files and data sets as raw rows, each numbered, or what is wrong at which line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+
+from recipes.common import formats
+from recipes.common.data.words import counted, first_line
+from recipes.common.errors import UserError
+from recipes.common.formats import BadRow
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+}
+Row = Mapping[str, Any]
+Rows = Iterator[tuple[int, Row | BadRow]]  # (number in the source from 1, the raw row or why there is none)
+
+
+def _open_bytes(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _lines(shown: str, path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset where it begins, the line with its end)."""
+    offset = 0
+    try:
+        with _open_bytes(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, offset, line
+                offset += len(line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{shown}: {_bad_gzip(error)}") from None
+
+
+def _whole_text(shown: str, path: Path) -> str:
+    try:
+        with _open_bytes(path) as file:
+            content = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{shown}: {_bad_gzip(error)}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{shown}:{line}: {_not_utf8(content, error.start, error.start)}") from None
+
+
+def _bad_gzip(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "the gzip file is cut short (an unfinished download?); fetch it again"
+    return f"not a gzip file, or a damaged one ({error}): fetch it again, or drop .gz from its name if it is none"
+
+
+def _not_utf8(content: bytes, at: int, offset: int) -> str:
+    hint = ""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        hint = "; it looks like UTF-16"
+    elif content[:2] == b"\x1f\x8b":
+        hint = "; it looks like gzip: end its name with .gz"
+    return f"not UTF-8: byte 0x{content[at]:02x} at offset {offset}{hint}. Save the file as UTF-8 (iconv -t UTF-8)"
+
+
+def _read_text(shown: str, path: Path) -> Rows:
+    yield 1, {"text": _whole_text(shown, path)}
+
+
+def _read_jsonl(shown: str, path: Path) -> Rows:
+    loads = json.loads
+    for number, offset, line in _lines(shown, path):
+        try:
+            row = loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            yield number, BadRow(_not_utf8(line, error.start, offset + error.start))
+            continue
+        except json.JSONDecodeError as error:
+            if not line.strip():
+                continue  # a blank line is nobody's row
+            hint = ""
+            if number == 1 and line.lstrip()[:1] == b"[":
+                hint = " (it looks like one JSON array: call the file .json)"
+            yield number, BadRow(f"broken JSON: {error.msg} at column {error.colno}{hint}")
+            continue
+        except RecursionError:
+            yield number, BadRow("broken JSON: nested too deeply")
+            continue
+        yield (
+            number,
+            row
+            if isinstance(row, dict)
+            else BadRow(f"a row must be an object with named columns; this is {formats.shown_type(row)}"),
+        )
+
+
+def json_splits(shown: str, path: Path) -> dict[str, list[Any]] | None:
+    """The rows of a .json file by split: a list, {"data": [...]} or {split: [...]}; None where it holds JSON lines."""
+    text = _whole_text(shown, path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].strip().startswith("{"):
+            return None
+        if not text.strip():
+            raise UserError(f"data.name: {shown} is empty") from None
+        raise UserError(f"{shown}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise UserError(f"{shown}: broken JSON: nested too deeply") from None
+    if isinstance(content, list):
+        return {"train": content}
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        return {"train": _squad_rows(content["data"])}
+    if isinstance(content, dict) and content and all(isinstance(v, list) for v in content.values()):
+        ours = [SPLIT_NAMES.get(name.lower()) or str(name) for name in content]
+        splits = dict(zip(ours if len(set(ours)) == len(ours) else content, content.values(), strict=True))
+        # {"prompt": ["...", ...], "completion": [...]} is a table by columns, not by splits
+        if any(rows and isinstance(rows[0], dict | list) for rows in splits.values()):
+            return splits
+    raise UserError(
+        f'{shown}: must be a list of rows, {{"data": [rows]}}, or {{"train": [rows], "validation": [rows]}}'
+    )
+
+
+def _squad_rows(entries: list[Any]) -> list[Any]:
+    """SQuAD's files nest questions in paragraphs in articles; other lists are as they are."""
+    if not all(isinstance(entry, dict) and isinstance(entry.get("paragraphs"), list) for entry in entries):
+        return entries
+    return [
+        {
+            "id": question.get("id"),
+            "title": article.get("title"),
+            "context": paragraph.get("context"),
+            "question": question.get("question"),
+            "answers": {"text": [answer.get("text") for answer in question.get("answers", [])]},
+        }
+        for article in entries
+        for paragraph in article["paragraphs"]
+        for question in paragraph.get("qas", [])
+    ]
+
+
+def _read_table(dialect: Literal["csv", "tsv"], shown: str, path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)
+
+    def decoded() -> Iterator[str]:
+        for number, offset, line in _lines(shown, path):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{shown}:{number}: {_not_utf8(line, error.start, offset + error.start)}") from None
+
+    # A tab-separated file has no quotes: a quotation mark in it is one.
+    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if dialect == "tsv" else {"strict": True}
+    reader = csv.reader(decoded(), **how)
+    header: list[str] | None = None
+    while True:
+        begins = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield begins, BadRow(f"broken CSV: {error} (a quotation mark inside a field is written twice)")
+            continue
+        if not fields:
+            continue
+        if header is None:
+            header = [column.strip() for column in fields]
+            twice = sorted({column for column in header if header.count(column) > 1})
+            if twice:
+                raise UserError(f"{shown}:{begins}: the header names {', '.join(map(repr, twice))} twice")
+            continue
+        if len(fields) != len(header):
+            other = ";" if dialect == "csv" and len(header) == 1 and ";" in header[0] else None
+            hint = f"; its fields seem to be separated by {other!r}" if other else ""
+            yield begins, BadRow(f"{counted(len(fields), 'field')} where the header has {len(header)}{hint}")
+            continue
+        yield begins, dict(zip(header, fields, strict=True))
+
+
+def _read_parquet(shown: str, path: Path) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source: Any = path
+    if path.suffix.lower() == ".gz":
+        try:
+            with _open_bytes(path) as file:
+                source = pa.BufferReader(file.read())
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{shown}: {_bad_gzip(error)}") from None
+    number = 0
+    try:
+        with pq.ParquetFile(source) as file:
+            for batch in file.iter_batches(batch_size=1_000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(f"{shown}: not a Parquet file, or a damaged one: {first_line(error)}") from None
+
+
+FILE_READERS: dict[str, Callable[[str, Path], Rows]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "csv": partial(_read_table, "csv"),
+    "tsv": partial(_read_table, "tsv"),
+    "parquet": _read_parquet,
+}
+
+
+def numbered_rows(rows: Callable[[], Sequence[Any]]) -> Rows:
+    for number, row in enumerate(rows(), 1):
+        yield (
+            number,
+            row
+            if isinstance(row, dict)
+            else BadRow(f"a row must be an object with named columns; this is {formats.shown_type(row)}"),
+        )
+
+
+def dataset_rows(load: Callable[[], datasets.Dataset]) -> Rows:
+    number = 0
+    for table in load().with_format("arrow").iter(batch_size=1_000):
+        for row in cast("pa.Table", table).to_pylist():
+            number += 1
+            yield number, row
