@@ -8,11 +8,13 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_chat import make_model, make_tokenizer
 
 from recipes.common.run_folder import RunFolder
@@ -156,6 +158,33 @@ def test_two_micro_batches_are_one_batch(run_in_process: Any, sources: Path, tmp
     assert one.code == two.code == 0, one.err + two.err
     losses = [[row["loss"] for row in run.history()] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_take_the_steps_of_one(
+    run_in_process: Any, execute: Any, sources: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """LAUNCH=ddp NPROC=2, each process with half of the batch: the losses and the weights of one process with all of it."""
+    options = {"training__max_steps": 6, "llama__optimizer": optimizer}
+    one = run_in_process(llama, tiny(sources, "--run.name", "one", **options), tmp_path)
+    assert one.code == 0, one.err
+    half = tiny(sources, "--run.name", "two", **options, training__per_device_train_batch_size=4)
+    launcher = [sys.executable, "-m", "recipes.common.launch", "llama", "--launch", "ddp", "--nproc", "2", "--"]
+    done = execute([*launcher, *half, "--run.root", str(tmp_path)], timeout=300, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+
+    folders = [one.folder, one.folder.with_name("two")]
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    losses = [[row["loss"] for row in found] for found in rows]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    weights = [load_file(f / "model" / "model.safetensors") for f in folders]
+    apart = {"muon": 0.03, "adamw": 1e-3}[optimizer]  # Muon orthogonalises in bf16, which makes more of a rounding
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() < apart * weight.norm(), name
+    bits = [json.loads((f / "metrics.json").read_text())["bits_per_byte"] for f in folders]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- bits per byte
