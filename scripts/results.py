@@ -1,9 +1,10 @@
 """Collect the figures of the finished runs and put them into README.md, README.zh-CN.md and RESULTS.md.
 
     make results                # collect runs/<recipe>/default of this machine
-    make results ARGS=--render  # only write the tables again from benchmarks/recipes.json
+    make results ARGS=--render  # only write the tables again from benchmarks/*.json
 
 The figures live in benchmarks/recipes.json, with the machine that they were measured on; the tables are made from it.
+The other files of that folder are `make bench`'s: RESULTS.md's table of ratios is made from them.
 """
 
 from __future__ import annotations
@@ -86,10 +87,37 @@ def details(stored: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def put(path: Path, mark: str, content: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a file."""
+def benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """What `make bench` left, a dictionary a row of it, in the order in which bench.py measures."""
+    from scripts.bench import ROWS
+
+    stored = {path.stem: path for path in folder.glob("*.json") if path.stem != STORE.stem}
+    order = [name for name in ROWS if name in stored] + sorted(set(stored) - set(ROWS))
+    return [json.loads(stored[name].read_text()) for name in order]
+
+
+def ratios(found: list[dict[str, Any]]) -> str:
+    """A Markdown row a peer: the two figures, how many times better ours is, where and when that was measured."""
+    lines = ["| what | ours | peer | ours is better by | unit | machine | date |", "|---|---|---|---|---|---|---|"]
+    for row in found:
+        machine = row["machine"]
+        where = f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, torch {machine['versions']['torch']}"
+        for peer, ratio in row["ours_is_better_by"].items():
+            ours, theirs = row["figures"]["ours"], row["figures"][peer]
+            better = f"**{ratio['median']:.2f}** x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            lines.append(
+                f"| {row['what']} | {show(ours)} | {show(theirs)}: {peer} | {better} | {row['unit']} | {where} "
+                f"| {row['measured_at'][:10]} |"
+            )
+    return "\n".join(lines) if found else "Not measured yet: `make bench`."
+
+
+def put(path: Path, mark: str, content: str, heading: str | None = None) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->`; with a heading, added where there is no mark."""
     text = path.read_text()
     pattern = re.compile(rf"<!-- {mark} -->.*?<!-- /{mark} -->", re.DOTALL)
+    if heading and not pattern.search(text):
+        text = f"{text.rstrip()}\n\n## {heading}\n\n<!-- {mark} --><!-- /{mark} -->\n"
     if not pattern.search(text):
         raise SystemExit(f"error: {path} has no <!-- {mark} --> ... <!-- /{mark} -->")
     write_atomically(path, pattern.sub(lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->", text))
@@ -104,6 +132,7 @@ def main(argv: list[str]) -> int:
     put(ROOT / "README.md", "results", table(stored))
     put(ROOT / "README.zh-CN.md", "results", table(stored, chinese=True))
     put(ROOT / "RESULTS.md", "details", details(stored))
+    put(ROOT / "RESULTS.md", "bench", ratios(benchmarks(STORE.parent)), heading="Ours against its peers")
     return 0
 
 

@@ -1,0 +1,52 @@
+"""The tables made from benchmarks/*.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import results
+
+pytestmark = pytest.mark.slow
+
+MEASURED = {
+    "row": "ppo",
+    "what": "PPO, 3.4M llama",
+    "unit": "samples/s",
+    "figures": {"TRL": 20.0, "ours": 40.0},
+    "ours_is_better_by": {"TRL": {"median": 2.0, "min": 1.9, "max": 2.2}},
+    "measured_at": "2026-11-24T14:00:00+00:00",
+    "machine": {"processor": "AMD EPYC", "gpu": None, "cores": 2, "versions": {"torch": "2.13.0"}},
+}
+
+
+def test_ratios_say_what_where_and_when() -> None:
+    line = results.ratios([MEASURED]).splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "PPO, 3.4M llama", results.show(40.0), f"{results.show(20.0)}: TRL", "**2.00** x (1.90 to 2.20)", "samples/s",
+        "AMD EPYC, 2 cores, torch 2.13.0", "2026-11-24",
+    ]  # fmt: skip
+
+
+def test_rows_keep_the_order_of_the_benchmark_and_the_recipes_are_no_row(tmp_path: Path) -> None:
+    for name in ("help", "ppo", "llama", "recipes"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(MEASURED | {"row": name}))
+    assert [row["row"] for row in results.benchmarks(tmp_path)] == ["llama", "ppo", "help"]
+
+
+def test_nothing_measured_is_said() -> None:
+    assert "make bench" in results.ratios([])
+
+
+def test_put_replaces_between_marks_adds_a_section_once_and_refuses_otherwise(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\nkept\n")
+    with pytest.raises(SystemExit):
+        results.put(page, "bench", "new")
+    for content in ("first", r"second \1"):
+        results.put(page, "bench", content, heading="Ratios")
+    text = page.read_text()
+    assert text == "# Page\n\nkept\n\n## Ratios\n\n<!-- bench -->\n\nsecond \\1\n\n<!-- /bench -->\n"
