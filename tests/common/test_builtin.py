@@ -309,16 +309,12 @@ def test_the_same_question_in_other_words_is_the_same_instance() -> None:
 
 
 def test_the_most_common_answer_of_a_family_is_no_good_answer() -> None:
-    train: dict[str, Counter[str]] = defaultdict(Counter)
-    validation: dict[str, list[Row]] = defaultdict(list)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows("tasks", "train"):
-        train[row["task"]][tasks.normal(row["answer"])] += 1
-    for row in rows("tasks", "validation"):
-        validation[row["task"]].append(row)
-    for family, held_out in validation.items():
-        ((most_common, _),) = train[family].most_common(1)
-        right = sum(tasks.check(row, most_common) for row in held_out)
-        assert right < 0.25 * len(held_out), family
+        answers[row["task"]][tasks.normal(row["answer"])] += 1
+    for family, found in answers.items():
+        ((_, times),) = found.most_common(1)
+        assert times < 0.25 * found.total(), family
 
 
 COMPUTED = ("add", "subtract", "multiply", "count", "date", "sort", "reverse")
@@ -357,9 +353,9 @@ def worked_out(row: Row) -> str:
             return str(max(numbers) if says("largest", "maximum", "最大") else min(numbers))
         case "sort":
             down = says("large to small", "descending", "downwards", "从大到小", "降序")
-            return ", ".join(map(str, sorted(numbers, reverse=down)))
+            return " ".join(map(str, sorted(numbers, reverse=down)))
         case "reverse":
-            return ", ".join(items[::-1])
+            return " ".join(items[::-1])
         case "count" if len(numbers) > len(items):
             return str(items.count(str(numbers[0])))
         case "count":
@@ -458,7 +454,7 @@ def test_every_rows_own_answer_passes() -> None:
         ("3, 5, 9", "3，5，9", True),
         ("3, 5, 9", "3、5、9", True),
         ("3、5、9", "3, 5, 9", True),
-        ("3, 5, 9", "3 5 9", False),
+        ("3 5 9", "3, 5, 9", True),
         ("3, 5, 9", "359", False),
         ("3, 5, 9", "3, 9, 5", False),
         ("3, 5, 9", "3, 5", False),
@@ -479,7 +475,7 @@ def test_every_rows_own_answer_passes() -> None:
         ("星期五", "是星期五", False),
         ("星期五", "Friday", False),
         ("March 5", "march 5", True),
-        ("March 5", "March  5", False),
+        ("March 5", "March5", False),
         ("March 5", "March 15", False),
         ("3月5日", "３月５日", True),
         ("3月5日", "3月15日", False),
@@ -540,8 +536,8 @@ def test_near_misses_are_near() -> None:
             if rank == tasks.NEAR and row["task"] in ("add", "subtract", "multiply", "count", "extreme"):
                 assert re.fullmatch(r"\d+", completion), row
             if rank == tasks.NEAR and row["task"] in ("sort", "reverse"):
-                items = set(re.split("[,、] ?", row["answer"]))
-                assert set(re.split("[,、] ?", completion)) <= items, row
+                items = set(re.split(" ", row["answer"]))
+                assert set(re.split(" ", completion)) <= items, row
             if rank == tasks.NEAR and row["task"] in ("position", "compare", "lookup") and not completion.isdigit():
                 assert completion.lower() in prompt(row).lower(), row
             if rank == tasks.WRONG_FORM:

@@ -57,7 +57,10 @@ def add(rng: random.Random) -> Instance:
     level = rng.random()
     if level < 0.15:
         a, b = rng.randint(1, 9), rng.randint(1, 9)
-    elif level < 0.85:  # two digits each, and no carry
+    elif level < 0.6:  # one digit more, and no carry
+        tens, ones = rng.randint(1, 9), rng.randint(0, 8)
+        a, b = 10 * tens + ones, rng.randint(1, 9 - ones)
+    elif level < 0.9:  # two digits each, and no carry
         tens, ones = rng.randint(1, 8), rng.randint(0, 9)
         a, b = 10 * tens + ones, 10 * rng.randint(1, 9 - tens) + rng.randint(0, 9 - ones)
     else:
@@ -71,7 +74,10 @@ def subtract(rng: random.Random) -> Instance:
     if level < 0.15:
         b = rng.randint(1, 9)
         a = rng.randint(b + 1, 18)
-    elif level < 0.85:  # two digits each, and nothing borrowed
+    elif level < 0.6:  # one digit less, and nothing borrowed
+        tens, ones = rng.randint(1, 9), rng.randint(1, 9)
+        a, b = 10 * tens + ones, rng.randint(1, ones)
+    elif level < 0.9:  # two digits each, and nothing borrowed
         tens, ones = rng.randint(2, 9), rng.randint(0, 9)
         a, b = 10 * tens + ones, 10 * rng.randint(1, tens - 1) + rng.randint(0, ones)
     else:
@@ -230,12 +236,12 @@ def list_slips(rng: random.Random, answer: Sequence[Any]) -> list[Sequence[Any]]
 
 
 def say(value: Value, language: str) -> str:
-    """A value in words: 12 | Friday, 星期五 | 3, 5, 9 or 3、5、9."""
+    """A value in words: 12 | Friday, 星期五 | 3 5 9."""
     if isinstance(value, Word):
         return value.zh if language == "zh" else value.en
     if isinstance(value, int):
         return str(value)
-    return ", ".join(say(item, language) for item in value)
+    return " ".join(say(item, language) for item in value)
 
 
 def ask(instance: Instance, language: str, rng: random.Random) -> str:
@@ -351,12 +357,12 @@ def rambling(instance: Instance, row: Row, rng: random.Random) -> str:
 
 # Full-width forms (１２，．) to ASCII. The other compatibility characters (², ①) mean something else, and stay.
 NARROW = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: " ", 0x3002: "."}
-COMMA = re.compile(r"\s*[,、]\s*")
+BETWEEN = re.compile(r"\s*[,、]\s*|\s+")
 
 
 def normal(answer: str) -> str:
-    """An answer without what does not matter: outer space, a trailing full stop, case, comma spacing, digit width."""
-    return COMMA.sub(", ", answer.translate(NARROW).strip().removesuffix(".").lower())
+    """An answer without what does not matter: outer space, a trailing full stop, case, commas or spaces between, digit width."""
+    return BETWEEN.sub(" ", answer.translate(NARROW).strip().removesuffix(".").lower())
 
 
 def check(row: Row, completion: str) -> bool:
