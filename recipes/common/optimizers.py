@@ -11,17 +11,71 @@ It needs each matrix whole, so it runs in one process or under DDP, and is refus
 
 from __future__ import annotations
 
+import math
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+class BatchedMuon(Muon):
+    """torch.optim.Muon, with the matrices of one shape (or of its transpose) orthogonalised together.
+
+    The same numbers as torch's loop over the matrices, up to bf16 rounding; for a small model, whose products are tiny, in
+    about half the time.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; there is no closure to evaluate again."""
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor] = []
+            self._init_group(group, params, grads, buffers)
+            if not params:
+                continue
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])  # B_t
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+            by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for i, param in enumerate(params):
+                by_shape[tuple(sorted(param.shape))].append(i)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for shape, members in by_shape.items():
+                wide = torch.stack(
+                    [_wide(updates[i]).bfloat16() for i in members]
+                )  # (matrices, rows <= columns, columns)
+                made = orthogonalized(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                if group["adjust_lr_fn"] != "match_rms_adamw":
+                    raise NotImplementedError(
+                        "BatchedMuon scales its updates as match_rms_adamw does, and no other way"
+                    )
+                rate = 0.2 * math.sqrt(shape[-1]) * group["lr"]  # an update's RMS is that of AdamW (Moonlight, eq. 4)
+                for i, update in zip(members, made.unbind(), strict=True):
+                    _wide(params[i]).add_(update, alpha=-rate)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def orthogonalized(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz: about U V^T of each matrix U S V^T; (batch, rows <= columns, columns), bf16."""
+    a, b, c = coefficients
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 class MuonWithAdamW(Optimizer):
@@ -91,5 +145,5 @@ def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: flo
         eps=args.adam_epsilon,
         fused=True,
     )
-    muon = Muon(matrices, lr=muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(matrices, lr=muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw)

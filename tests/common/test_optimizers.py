@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_chat import make_model, make_tokenizer
 
 from recipes.common.errors import UserError
-from recipes.common.optimizers import muon_with_adamw
+from recipes.common.optimizers import BatchedMuon, muon_with_adamw
 
 ARGS = {
     "learning_rate": 1e-3,
@@ -50,3 +51,23 @@ def test_it_is_refused_where_matrices_are_sharded(
         changes = {"deepspeed": "zero2.json"} if library == "DeepSpeed" else {"fsdp": "full_shard"}
     with pytest.raises(UserError, match=f"{library} hands the optimizer pieces.*optimizer: adamw"):
         muon_with_adamw(model, SimpleNamespace(**{**ARGS, **changes}), 0.01)
+
+
+def test_batched_muon_is_muon() -> None:
+    """Square, wide and tall matrices, some without a gradient; a few steps, against torch's own loop."""
+    torch.manual_seed(0)
+    shapes = [(16, 16), (16, 40), (40, 16), (16, 16), (40, 16), (8, 24)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    batched, single = BatchedMuon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = q.grad = None if step == 2 and i == 3 else torch.randn(p.shape)
+        before = [q.detach().clone() for q in theirs]
+        batched.step()
+        single.step()
+        for p, q, old in zip(ours, theirs, before, strict=True):
+            assert (p - q).norm() <= 0.02 * (q - old).norm() + 1e-6  # bf16, and sums in another order
+            q.data.copy_(p.data)
+    assert batched.state_dict()["state"].keys() == single.state_dict()["state"].keys()
