@@ -46,8 +46,8 @@ class Stage:
 STAGES = [
     Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, ("--tokenizer.kinds", "[bpe]")),
     Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 6.0),
-    Stage("full", "finetuning", "supervised fine-tuning on instructions", 4.5),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 1.3),
+    Stage("full", "finetuning", "supervised fine-tuning on instructions", 4.0),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 1.7),
     Stage("ppo", "alignment", "PPO against the reward model", 2.4),
 ]
 

@@ -134,8 +134,10 @@ def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: flo
     refuse_muon_on_shards(args)
     tables = {id(t.weight) for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None}
     learned = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learned if p.ndim == 2 and id(p) not in tables]
-    rest = [p for p in learned if p.ndim != 2 or id(p) in tables]
+    matrices = [
+        p for p in learned if p.ndim == 2 and min(p.shape) > 1 and id(p) not in tables
+    ]  # a head of one is a vector
+    rest = [p for p in learned if not any(p is matrix for matrix in matrices)]
     decayed = [p for p in rest if p.ndim == 2]
     plain = [p for p in rest if p.ndim != 2]
     adamw = AdamW(
