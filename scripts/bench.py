@@ -469,9 +469,8 @@ def ppo(steps: int, rounds: int) -> dict[str, Any]:
 
         peer = str(peer_python())
         contestants = {"TRL 1.12 PPOTrainer, fp32": lambda: contestant("TRL 1.12 PPOTrainer, fp32", peer, "trl")}
-        if (
-            bf16
-        ):  # TRL makes its Accelerator itself, and only `accelerate launch`, which sets this, tells it the precision
+        # TRL makes its Accelerator itself, and only `accelerate launch`, which sets this, tells it the precision.
+        if bf16:
             name = "TRL 1.12 PPOTrainer, bf16"
             contestants[name] = lambda: contestant(name, peer, "trl", "--bf16", ACCELERATE_MIXED_PRECISION="bf16")
         contestants["ours"] = lambda: contestant("ours", sys.executable, "ours")

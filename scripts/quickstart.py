@@ -27,6 +27,7 @@ from recipes.common.launch import environment_defaults  # noqa: E402
 environment_defaults()
 
 from recipes.common.errors import UserError  # noqa: E402
+from recipes.common.models import MADE_WITH  # noqa: E402
 from recipes.common.recipe import run_recipe  # noqa: E402
 from recipes.common.run_folder import write_atomically  # noqa: E402
 from recipes.common.training import duration  # noqa: E402
@@ -44,7 +45,7 @@ class Stage:
 
 
 STAGES = [
-    Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, ("--tokenizer.kinds", "[bpe]")),
+    Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, MADE_WITH["tokenizer"]),
     Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 6.0),
     Stage("full", "finetuning", "supervised fine-tuning on instructions", 4.0),
     Stage("reward_model", "alignment", "a reward model from ranked answers", 1.7),

@@ -112,12 +112,10 @@ def ratios(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) if found else "Not measured yet: `make bench`."
 
 
-def put(path: Path, mark: str, content: str, heading: str | None = None) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->`; with a heading, added where there is no mark."""
+def put(path: Path, mark: str, content: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a file."""
     text = path.read_text()
     pattern = re.compile(rf"<!-- {mark} -->.*?<!-- /{mark} -->", re.DOTALL)
-    if heading and not pattern.search(text):
-        text = f"{text.rstrip()}\n\n## {heading}\n\n<!-- {mark} --><!-- /{mark} -->\n"
     if not pattern.search(text):
         raise SystemExit(f"error: {path} has no <!-- {mark} --> ... <!-- /{mark} -->")
     write_atomically(path, pattern.sub(lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->", text))
@@ -132,7 +130,7 @@ def main(argv: list[str]) -> int:
     put(ROOT / "README.md", "results", table(stored))
     put(ROOT / "README.zh-CN.md", "results", table(stored, chinese=True))
     put(ROOT / "RESULTS.md", "details", details(stored))
-    put(ROOT / "RESULTS.md", "bench", ratios(benchmarks(STORE.parent)), heading="Ours against its peers")
+    put(ROOT / "RESULTS.md", "bench", ratios(benchmarks(STORE.parent)))
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chat import make_model, make_tokenizer
+from tiny_chat import make_model, save_tokenizer_and_model
 
 from recipes.common import machine
 from recipes.common.machine import Choice
@@ -27,9 +27,7 @@ MODEL = {
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the cases name: a tokenizer, a model of it, texts good and bad."""
     folder = tmp_path_factory.mktemp("sources")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer = save_tokenizer_and_model(folder)
     small = make_model(tokenizer)
     small.resize_token_embeddings(100)
     small.save_pretrained(folder / "small_model")

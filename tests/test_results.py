@@ -41,12 +41,12 @@ def test_nothing_measured_is_said() -> None:
     assert "make bench" in results.ratios([])
 
 
-def test_put_replaces_between_marks_adds_a_section_once_and_refuses_otherwise(tmp_path: Path) -> None:
+def test_put_replaces_between_marks_and_refuses_without(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Page\n\nkept\n")
     with pytest.raises(SystemExit):
         results.put(page, "bench", "new")
+    page.write_text("# Page\n\n<!-- bench --><!-- /bench -->\n\nkept\n")
     for content in ("first", r"second \1"):
-        results.put(page, "bench", content, heading="Ratios")
-    text = page.read_text()
-    assert text == "# Page\n\nkept\n\n## Ratios\n\n<!-- bench -->\n\nsecond \\1\n\n<!-- /bench -->\n"
+        results.put(page, "bench", content)
+    assert page.read_text() == "# Page\n\n<!-- bench -->\n\nsecond \\1\n\n<!-- /bench -->\n\nkept\n"

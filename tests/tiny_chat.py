@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SHORT_RUN: dict[str, Any] = {
@@ -56,6 +57,16 @@ def make_model(tokenizer: Any, **changes: Any) -> Any:
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **ids, **changes}))
+
+
+def save_tokenizer_and_model(folder: Path) -> Any:
+    """folder/tokenizer, and folder/model with its tokenizer beside it; gives the tokenizer."""
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    model.save_pretrained(folder / "model")
+    for name in ("tokenizer", "model"):
+        tokenizer.save_pretrained(folder / name)
+    return tokenizer
 
 
 def conversation(*turns: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import make_model, make_tokenizer
+from tiny_chat import make_model, make_tokenizer, save_tokenizer_and_model
 
 from recipes.common import hub, models
 from recipes.common.errors import UserError
@@ -33,10 +32,7 @@ def run(tmp_path: Path) -> RunFolder:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tokenizer and a model of it."""
     folder = tmp_path_factory.mktemp("saved")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    make_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_tokenizer_and_model(folder)
     return folder
 
 
@@ -83,19 +79,6 @@ def test_an_interrupted_run_goes_on_under_its_own_config(
     begun.write_text("tokenizer: {kinds: [bpe, unigram]}\n")
     ensure_made(f"{tmp_path}/runs/tokenizer/default/model", run)
     assert started[0][4:] == ["--config", str(begun), "--run.resume", "true"]
-
-
-def test_the_quickstart_makes_the_same() -> None:
-    """Its stages, read without importing them: what it makes first must be what a later stage alone would make."""
-    tree = ast.parse((ROOT / "scripts/quickstart.py").read_text())
-    stages = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Stage"
-    ]
-    assert stages
-    for stage in stages:
-        recipe = ast.literal_eval(stage.args[0])
-        if len(stage.args) == 5 and isinstance(stage.args[4], ast.Tuple):
-            assert ast.literal_eval(stage.args[4]) == models.MADE_WITH[recipe]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "some/model", "runs/nothing/default/model", "results/llama/default/model"])

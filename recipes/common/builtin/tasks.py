@@ -1,4 +1,4 @@
-"""Small questions with one right answer, in English and Chinese: twelve families from arithmetic to table look-up.
+"""Small questions with one right answer, in English and Chinese: eleven families from arithmetic to table look-up.
 
 An *instance* is a question whatever its wording and language (add 17 and 25). Its split is a hash of the instance, so a
 held-out instance was never seen in any words. Questions and answers are made of language-neutral values (numbers, words

@@ -27,7 +27,6 @@ MONTHS = words(
     October/十月 November/十一月 December/十二月"""
 )
 PLACES = words("first/第一个 second/第二个 third/第三个 fourth/第四个 fifth/第五个")
-LETTERS = [Word(letter, letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 # How each form is asked. The fields are the instance's; what is asked about comes last in every wording, so that it lies
 # at the same distance from the answer. An English prompt's first letter is made a capital.
