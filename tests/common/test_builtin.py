@@ -257,7 +257,7 @@ def test_prompts_and_answers_are_short_and_seldom_repeated() -> None:
     assert max(len(prompt(row).split()) for row in train) <= 25
     assert max(len(prompt(row)) for row in train) < 100
     assert max(len(row["answer"]) for row in train) < 40
-    assert len({prompt(row) for row in train}) > 0.85 * len(train)
+    assert len({prompt(row) for row in train}) > 0.8 * len(train)
 
 
 def instances(monkeypatch: pytest.MonkeyPatch, load: Any, split: str) -> set[str]:
@@ -321,7 +321,7 @@ def test_the_most_common_answer_of_a_family_is_no_good_answer() -> None:
         assert right < 0.25 * len(held_out) + 2 * (0.25 * 0.75 * len(held_out)) ** 0.5, family
 
 
-COMPUTED = ("add", "subtract", "multiply", "count", "date", "sort", "reverse")
+COMPUTED = ("add", "subtract", "multiply", "count", "sort", "reverse")
 
 
 def test_what_must_be_computed_does_not_stand_in_the_prompt() -> None:
@@ -332,7 +332,6 @@ def test_what_must_be_computed_does_not_stand_in_the_prompt() -> None:
                 assert not re.search(rf"(?<![0-9A-Za-z]){answer}(?![0-9A-Za-z])", prompt(row)), row
 
 
-WEEKDAYS = {name: i for i, day in enumerate(wordings.WEEKDAYS) for name in day}
 MONTHS = {"en": [month.en for month in wordings.MONTHS], "zh": [month.zh for month in wordings.MONTHS]}
 
 
@@ -364,23 +363,19 @@ def worked_out(row: Row) -> str:
             return str(items.count(str(numbers[0])))
         case "count":
             return str(len(items))
-        case "date" if says("-"):
-            return MONTHS[language][numbers[1] - 1]
+        case "date" if says("year", "年"):
+            return items[0]
+        case "date" if says("day", "几号"):
+            return str(numbers[2])
         case "date":
-            (today,) = (i for name, i in WEEKDAYS.items() if name in text)
-            answer = today + numbers[0] * (-1 if says("before", "前") else 1)
-            return wordings.WEEKDAYS[answer % 7][language == "zh"]
+            return MONTHS[language][numbers[1] - 1]
         case "lookup":
-            table, question = re.split(r"[.。]", text, maxsplit=1)
-            pairs = re.findall(r"([a-z]+|[\u4e00-\u9fff])\s?(\d)", re.split("[:：]", table)[1])
-            asked = re.findall(r"\d", question)
-            named = re.split("[:：]", question)[-1].strip(" ?？")
-            return next(item if asked else price for item, price in pairs if price in asked or item == named)
+            prices, question = re.split(r"[.。]", text, maxsplit=1)
+            pairs = re.findall(r"([a-z]+|[\u4e00-\u9fff])\s?(\d)", re.split("[:：]", prices)[1])
+            return dict(pairs)[re.split("[:：]", question)[-1].strip(" ?？")]
         case "compare":
-            points = {name: int(number) for name, number in re.findall(r"(小.|[A-Z][a-z]+)\s?(\d)", text)}
-            return (min if says("fewer", "smaller", "少", "小：", "更小") else max)(
-                points, key=lambda name: points[name]
-            )
+            points = {name: int(number) for name, number in re.findall(r"(小.|[A-Z][a-z]+) ?(\d)", text)}
+            return (min if says("fewest", "smallest", "最少", "最小") else max)(points, key=lambda name: points[name])
         case "position":
             place = [i for i, nth in enumerate(wordings.PLACES) if nth[language == "zh"] in text]
             return items[place[0]]

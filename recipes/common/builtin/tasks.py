@@ -20,12 +20,11 @@ from recipes.common.builtin.split import check_split, split_of
 from recipes.common.builtin.wordings import (
     GOODS,
     MONTHS,
-    PEOPLE,
     PLACES,
     PROMPTS,
     RAMBLINGS,
     REFUSALS,
-    WEEKDAYS,
+    TEAMS,
     Word,
 )
 
@@ -33,7 +32,7 @@ Row: TypeAlias = dict[str, Any]
 Value: TypeAlias = "int | Word | Sequence[int | Word]"
 
 HELD_OUT = 5  # percent of the instances in validation, and as many in test
-SIZES = {"train": 40_000, "validation": 2_000, "test": 2_000}
+SIZES = {"train": 90_000, "validation": 2_000, "test": 2_000}
 PREFERENCE_SIZES = {"train": 12_000, "validation": 600, "test": 600}
 CHINESE = 0.3  # share of the rows
 NEAR, RANDOM, WRONG_FORM = 1, 2, 3  # ranks of the wrong answers
@@ -54,14 +53,12 @@ class Instance:
 
 
 def add(rng: random.Random) -> Instance:
-    level = rng.random()
-    if level < 0.15:
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-    elif level < 0.6:  # one digit more, and no carry
-        tens, ones = rng.randint(1, 9), rng.randint(0, 8)
-        a, b = 10 * tens + ones, rng.randint(1, 9 - ones)
+    level, ones = rng.random(), rng.randint(0, 9)
+    if level < 0.45:  # one digit more, and no carry
+        ones = min(ones, 8)
+        a, b = 10 * rng.randint(1, 9) + ones, rng.randint(1, 9 - ones)
     elif level < 0.9:  # two digits each, and no carry
-        tens, ones = rng.randint(1, 8), rng.randint(0, 9)
+        tens = rng.randint(1, 8)
         a, b = 10 * tens + ones, 10 * rng.randint(1, 9 - tens) + rng.randint(0, 9 - ones)
     else:
         b = rng.randint(1, 9)
@@ -70,20 +67,16 @@ def add(rng: random.Random) -> Instance:
 
 
 def subtract(rng: random.Random) -> Instance:
-    level = rng.random()
-    if level < 0.15:
-        b = rng.randint(1, 9)
-        a = rng.randint(b + 1, 18)
-    elif level < 0.6:  # one digit less, and nothing borrowed
-        tens, ones = rng.randint(1, 9), rng.randint(1, 9)
-        a, b = 10 * tens + ones, rng.randint(1, ones)
+    level, ones = rng.random(), rng.randint(0, 9)
+    if level < 0.45:  # one digit less, and nothing borrowed
+        a, b = 10 * rng.randint(1, 9) + ones, rng.randint(0, ones)
     elif level < 0.9:  # two digits each, and nothing borrowed
-        tens, ones = rng.randint(2, 9), rng.randint(0, 9)
+        tens = rng.randint(2, 9)
         a, b = 10 * tens + ones, 10 * rng.randint(1, tens - 1) + rng.randint(0, ones)
     else:
         a, b = rng.randint(11, 99), rng.randint(1, 9)
-    if a == 2 * b:  # the answer would stand in the question
-        a += 1
+    if a == 2 * b or b == 0:  # the answer would stand in the question
+        return subtract(rng)
     return Instance("subtract", (a, b), {"a": a, "b": b}, a - b, [*number_slips(a - b), a + b])
 
 
@@ -133,49 +126,40 @@ def count(rng: random.Random) -> Instance:
 
 
 def date(rng: random.Random) -> Instance:
-    if rng.random() < 0.6:
-        year, month, day = rng.randint(1950, 2049), rng.randrange(12), rng.randint(1, 28)
-        written = f"{year}-{month + 1:02}-{day:02}"
-        slips = [MONTHS[slip % 12] for slip in (month + 1, month - 1, day - 1)]
-        return Instance("month of", (written,), {"date": Word(written, written)}, MONTHS[month], slips)
-    sign = rng.choice((1, -1))
-    today, n = rng.randrange(7), rng.randint(1, 6)
-    answer = today + sign * n
-    slips = [WEEKDAYS[slip % 7] for slip in (answer + 1, answer - 1, today - sign * n)]
-    form = "day after" if sign == 1 else "day before"
-    return Instance(form, (today, sign * n), {"day": WEEKDAYS[today], "n": n}, WEEKDAYS[answer % 7], slips)
+    form = rng.choice(("month of", "month of", "day of", "year of"))
+    year, month, day = rng.randint(1950, 2049), rng.randrange(12), rng.randint(1, 28)
+    written = f"{year}-{month + 1:02}-{day:02}"
+    answer: Value
+    slips: list[Value]
+    if form == "month of":
+        answer, slips = MONTHS[month], [MONTHS[slip % 12] for slip in (month + 1, month - 1, day - 1)]
+    elif form == "day of":
+        answer, slips = day, [day + 1, day - 1 or day + 2, month + 1, year % 100]
+    else:
+        answer, slips = year, [year + 1, year - 1, year + 10, year - 10]
+    return Instance(form, (written,), {"date": Word(written, written)}, answer, slips)
 
 
 def lookup(rng: random.Random) -> Instance:
-    goods = rng.sample(GOODS, rng.choice((2, 2, 3)))
-    prices = rng.sample(range(1, 10), len(goods))
-    item, price = goods[0], prices[0]
-    key = (item.en, *sorted((thing.en, cost) for thing, cost in zip(goods, prices, strict=True)))
-    table = list(zip(goods, prices, strict=True))
-    rng.shuffle(table)
-    chinese = "，".join(f"{thing.zh}{cost}" for thing, cost in table)
-    fields: dict[str, Value] = {
-        "item": item,
-        "price": price,
-        "table": Word(", ".join(f"{thing.en} {cost}" for thing, cost in table), chinese),
-    }
-    if rng.random() < 0.6:
-        return Instance("price", key, fields, price, [*prices[1:] * 3, price - 1 or price + 2, price + 1])
-    return Instance("priced", key, fields, item, goods[1:])
+    prices = rng.sample(range(1, 10), len(GOODS))
+    asked = rng.randrange(len(GOODS))
+    price = prices[asked]
+    slips = [*(prices[:asked] + prices[asked + 1 :]) * 2, price - 1 or price + 2, price + 1]
+    return Instance("price", (asked, *prices), {"item": GOODS[asked], "table": table(GOODS, prices)}, price, slips)
 
 
 def compare(rng: random.Random) -> Instance:
-    form = rng.choice(("more", "fewer"))
-    x, y = rng.sample(PEOPLE, 2)
-    a, b = rng.sample(range(1, 10), 2)
-    winner, loser = (x, y) if (a > b) == (form == "more") else (y, x)
-    return Instance(
-        form,
-        tuple(sorted(((x.en, a), (y.en, b)))),
-        {"points": Word(f"{x.en} {a}, {y.en} {b}", f"{x.zh}{a}，{y.zh}{b}")},
-        winner,
-        [loser],
-    )
+    form, team = rng.choice(("most", "fewest")), rng.choice(TEAMS)
+    points = rng.sample(range(1, 10), len(team))
+    best = points.index(max(points) if form == "most" else min(points))
+    others = [*team[:best], *team[best + 1 :]]
+    return Instance(form, (team[0].en, *points), {"points": table(team, points)}, team[best], others)
+
+
+def table(names: Sequence[Word], numbers: Sequence[int]) -> Word:
+    """One row of a table: Anna 5, Ben 3 | 小安5，小本3."""
+    pairs = list(zip(names, numbers, strict=True))
+    return Word(", ".join(f"{name.en} {n}" for name, n in pairs), "，".join(f"{name.zh}{n}" for name, n in pairs))
 
 
 def position(rng: random.Random) -> Instance:
@@ -266,7 +250,8 @@ def draw_language(rng: random.Random) -> str:
 def load(split: str, seed: int) -> list[Row]:
     """Rows {"messages": [user, assistant], "task": family, "language": "en" | "zh", "answer"}.
 
-    40,000 rows of train, 2,000 of each held-out split; the families in equal parts, a question seldom twice.
+    90,000 rows of train, 2,000 of each held-out split; the families in equal parts, four in five
+    prompts once.
     """
     check_split(split)
     rng = random.Random(f"tasks {split} {seed}")

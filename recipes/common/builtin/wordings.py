@@ -16,12 +16,9 @@ def words(names: str) -> list[Word]:
     return [Word(*name.split("/")) for name in names.split()]
 
 
-# One Chinese character each, so that a row of a price list is as long whatever it lists.
-GOODS = words("pears/梨 pens/笔 books/书 bags/包 shoes/鞋 eggs/蛋 lamps/灯 fish/鱼 tea/茶 rice/米")
-PEOPLE = words("Anna/小安 Ben/小本 Tom/小明 Mary/小红 Lucy/小丽 Jack/小刚 Sam/小军 Emma/小华")
-WEEKDAYS = words(
-    "Monday/星期一 Tuesday/星期二 Wednesday/星期三 Thursday/星期四 Friday/星期五 Saturday/星期六 Sunday/星期日"
-)
+# The columns of three tables, in the order in which each table has them.
+GOODS = words("pens/笔 books/书 eggs/蛋")
+TEAMS = words("Anna/小安 Ben/小本 Tom/小明"), words("Mary/小红 Jack/小刚 Sam/小军")
 MONTHS = words(
     """January/一月 February/二月 March/三月 April/四月 May/五月 June/六月 July/七月 August/八月 September/九月
     October/十月 November/十一月 December/十二月"""
@@ -75,29 +72,25 @@ PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
         "en": ("Which month is it on {date}?", "Name the month of {date}."),
         "zh": ("说出月份：{date}。", "这是几月：{date}？"),
     },
-    "day after": {
-        "en": ("What day is {n} days after {day}?", "Which weekday is {n} days after {day}?"),
-        "zh": ("从今天起{n}天后是星期几：{day}？", "过{n}天是星期几：{day}？"),
+    "day of": {
+        "en": ("Which day of the month is it on {date}?", "Name the day of {date}."),
+        "zh": ("说出是几号：{date}。", "这是几号：{date}？"),
     },
-    "day before": {
-        "en": ("What day is {n} days before {day}?", "Which weekday is {n} days before {day}?"),
-        "zh": ("从今天起{n}天前是星期几：{day}？", "往前{n}天是星期几：{day}？"),
+    "year of": {
+        "en": ("Which year is it on {date}?", "Name the year of {date}."),
+        "zh": ("说出年份：{date}。", "这是哪年：{date}？"),
     },
     "price": {
         "en": ("Prices: {table}. How much: {item}?", "Price list: {table}. What price: {item}?"),
         "zh": ("价格：{table}。多少元：{item}？", "价目表：{table}。要多少元：{item}？"),
     },
-    "priced": {
-        "en": ("Prices: {table}. Which for {price}?", "Price list: {table}. What costs {price}?"),
-        "zh": ("价格：{table}。哪样是{price}？", "价目表：{table}。什么卖{price}？"),
+    "most": {
+        "en": ("Who has most: {points}?", "Who has the largest number: {points}?"),
+        "zh": ("谁的最多：{points}？", "谁的数最大：{points}？"),
     },
-    "more": {
-        "en": ("Who has more: {points}?", "Who has the larger number: {points}?"),
-        "zh": ("谁的多：{points}？", "谁的数更大：{points}？"),
-    },
-    "fewer": {
-        "en": ("Who has fewer: {points}?", "Who has the smaller number: {points}?"),
-        "zh": ("谁的少：{points}？", "谁的数更小：{points}？"),
+    "fewest": {
+        "en": ("Who has fewest: {points}?", "Who has the smallest number: {points}?"),
+        "zh": ("谁的最少：{points}？", "谁的数最小：{points}？"),
     },
     "position": {
         "en": ("Which is the {nth} of {items}?", "Give the {nth} of {items}.", "What is the {nth} of {items}?"),
