@@ -6,7 +6,10 @@ over all pairs (y_w better than y_l) of the K ranked answers to a prompt x. All 
 forward an answer serves its K - 1 pairs, and pairs of one prompt do not overfit as they do when shuffled apart. Plain
 pairs are K = 2. The score is read at the answer's last token, which is the stop token.
 
-Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
+A small model loses what it knows about answers while it is bent to score them. Three things keep it: its lowest layers
+can stay frozen, fresh layers can be put on top of its own, and it can go on predicting the best answers' tokens (GRM).
+
+InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; GRM: Yang et al. 2024, https://arxiv.org/abs/2406.10216
 
     make reward_model                                       # laptop, offline, 2 minutes, from `make full`
     make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf), 10 minutes
@@ -21,16 +24,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+
 from recipes.common.config import Section
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Evaluation, Model, PositiveInt, Run
+from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
     import datasets
     import torch
     import transformers
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
@@ -42,6 +48,13 @@ class Reward:
     candidates: Literal["given", "sampled", "both"] = "given"  # the data's answers, the model's own (InstructGPT), both
     sampled_prompts: PositiveInt = 4000  # training prompts that the model answers itself, if candidates are sampled
     samples: PositiveInt = 6  # answers that it gives to each (InstructGPT: 4 to 9)
+    new_layers: NonNegativeInt = (
+        0  # fresh layers on top of the model's own, to compare what it expected with what it reads
+    )
+    frozen_layers: NonNegativeInt = 0  # lowest layers that stay as they are
+    language_coefficient: NonNegativeFloat = 0.0  # weight of the language-model loss on the best answers (GRM)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, as a small model was pretrained
+    muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices; training.learning_rate is that of the rest
 
 
 @dataclass
@@ -57,18 +70,21 @@ class Config:
 # ---------------------------------------------------------------- data: a batch element is a prompt with its K answers
 
 
-def sample_candidates(rows: datasets.Dataset, prompts: int, tokenizer: Any, config: Config, run: RunFolder) -> Any:
-    """Comparisons of the right answer with the wrong ones that the starting model itself gives, at temperature 1.
+def sample_candidates(
+    rows: datasets.Dataset, tokenizer: Any, config: Config, run: RunFolder, *, beside_given: bool
+) -> Any:
+    """Comparisons with the wrong answers that the starting model itself gives, at temperature 1, beside the wrong ones
+    of the data or instead of them.
 
     Made-up mistakes are not the ones that a policy makes, and a reward model that never saw the policy's is soon gamed:
     InstructGPT's labellers rank its own policies' answers. The labeller here is the task's checker, on training prompts
-    only. Prompts that are answered right each time teach nothing and are left out. UserError if nothing can be checked.
+    only; the wrong answers tie, below the best. Prompts with nothing to compare are left out. UserError if nothing can
+    be checked.
     """
     from recipes.common.builtin.tasks import check
     from recipes.common.generation import generate, is_checkable
     from recipes.common.models import load_model
 
-    rows = rows.select(range(min(len(rows), prompts)))
     if not is_checkable(rows[0]):
         raise UserError("reward.candidates: sampled answers need a labeller, and only the builtin tasks have a checker")
     policy, k = load_model(config.model, tokenizer, run), config.reward.samples
@@ -77,24 +93,27 @@ def sample_candidates(rows: datasets.Dataset, prompts: int, tokenizer: Any, conf
         max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size,
         temperature=1.0, seed=config.training.seed, bf16=config.training.bf16,
     )  # fmt: skip
-    found = []
+    found, wrong_ones = [], 0
     for i, row in enumerate(rows):
         wrong = [text for text in dict.fromkeys(answers[i * k : (i + 1) * k]) if text.strip() and not check(row, text)]
-        if wrong:
-            completions, ranks = [row["completions"][0], *wrong], [0] + [1] * len(wrong)
-            found.append({"prompt": row["prompt"], "completions": completions, "ranks": ranks})
-    if not found:
+        wrong_ones += bool(wrong)
+        kept = len(row["completions"]) if beside_given else 1
+        completions, ranks = row["completions"][:kept], row["ranks"][:kept]
+        new = [text for text in wrong if text not in completions]
+        if kept > 1 or new:
+            found.append({"prompt": row["prompt"], "completions": completions + new, "ranks": ranks + [1] * len(new)})
+    if not wrong_ones:
         raise UserError(
             "reward.candidates: the model answered every sampled prompt right, so there is nothing to compare"
         )
-    run.say(f"  sampled {k} answers to {len(rows)} prompts: {len(found)} prompts with wrong ones")
+    run.say(f"  sampled {k} answers to {len(rows)} prompts: {wrong_ones} prompts with wrong ones")
     return rows.from_list(found)
 
 
 def comparisons(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, run: RunFolder) -> Any:
     """Canonical preference rows with "sequences" beside them: K lists of ids, each prompt, answer, stop token.
 
-    Adds "length", of the longest. Raises UserError when reward.max_length leaves nothing.
+    Adds "length", of the longest, and "start", the prompt's length. Raises UserError when reward.max_length leaves nothing.
     """
     from recipes.common.chat import encode_plain
     from recipes.common.rlhf import prompt_ids
@@ -103,7 +122,7 @@ def comparisons(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_
         prompt = prompt_ids(tokenizer, row["prompt"])
         answers = encode_plain(tokenizer, row["completions"])
         sequences = [[*prompt, *answer, tokenizer.eos_token_id] for answer in answers]
-        return {"sequences": sequences, "length": max(map(len, sequences))}
+        return {"sequences": sequences, "length": max(map(len, sequences)), "start": len(prompt)}
 
     encoded = rows.map(encode)
     kept = encoded.filter(lambda row: row["length"] <= max_length)
@@ -115,7 +134,10 @@ def comparisons(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def collate(rows: list[dict[str, Any]], fill: int) -> dict[str, torch.Tensor]:
-    """B prompts -> one batch of N = sum of their K sequences: input_ids, attention_mask [N, L]; ranks, group [N]."""
+    """B prompts -> one batch of N = sum of their K sequences: input_ids, attention_mask [N, L]; ranks, group, start [N].
+
+    `group` says which prompt a sequence answers, `start` where its answer begins.
+    """
     import torch
 
     from recipes.common.rlhf import pad
@@ -126,7 +148,61 @@ def collate(rows: list[dict[str, Any]], fill: int) -> dict[str, torch.Tensor]:
         "attention_mask": mask,
         "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
         "group": torch.tensor([i for i, row in enumerate(rows) for _ in row["ranks"]]),
+        "start": torch.tensor([row["start"] for row in rows for _ in row["ranks"]]),
     }
+
+
+# ---------------------------------------------------------------- model
+
+
+def grow(model: PreTrainedModel, layers: int) -> None:
+    """Put fresh layers on top of the model's own, initialised as the library does it.
+
+    A language model's last hidden state before a token says which token it expects. Whether the one that came is the
+    expected one is another question, which no layer of it was trained to ask: fresh layers on top learn that soonest.
+    Raises UserError for a model that is not a stack of `layers`.
+    """
+    import copy
+
+    own = getattr(model.base_model, "layers", None)
+    if layers and (own is None or not hasattr(getattr(own[-1], "self_attn", None), "layer_idx")):
+        raise UserError(f"reward.new_layers: {type(model).__name__} is no stack of `layers` like LLaMA's: use 0")
+    for _ in range(layers):
+        fresh = copy.deepcopy(own[-1])
+        fresh.self_attn.layer_idx = len(own)
+        for module in fresh.modules():
+            module._is_hf_initialized = False
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
+        own.append(fresh)
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types.append(model.config.layer_types[-1])
+        model.config.num_hidden_layers = len(own)
+
+
+def freeze(model: PreTrainedModel, layers: int) -> None:
+    """Keep the lowest layers as they are. Raises UserError where there are not so many."""
+    own = getattr(model.base_model, "layers", [])
+    if layers > len(own):
+        raise UserError(f"reward.frozen_layers: {layers} of {len(own)} layers cannot be frozen")
+    for layer in own[:layers]:
+        layer.requires_grad_(False)
+
+
+def language_loss(hidden: Tensor, batch: dict[str, Tensor], table: Tensor) -> Tensor:
+    """- mean log p(y_t | x, y_<t) over the tokens of the best-ranked answers, stop token included.
+
+    hidden [N, L, H]; the batch of `collate`; table [V, H], the word embeddings, which are the output head too.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    ids = batch["input_ids"]
+    place = torch.arange(1, ids.shape[1], device=ids.device)  # of the token that is predicted
+    answer = (place >= batch["start"][:, None]) & batch["attention_mask"][:, 1:].bool()  # [N, L-1]
+    answer &= (batch["ranks"] == 0)[:, None]
+    return F.cross_entropy((hidden[:, :-1][answer] @ table.T.to(hidden.dtype)).float(), ids[:, 1:][answer])
 
 
 # ---------------------------------------------------------------- training
@@ -165,14 +241,21 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
             ranks, group = inputs["ranks"], inputs["group"]  # [N]
-            scores = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).logits.squeeze(-1)  # [N]
+            told = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                output_hidden_states=config.reward.language_coefficient > 0,
+            )
+            scores = told.logits.squeeze(-1)  # [N]
             with torch.no_grad():
                 pair = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])  # [N, N]
                 difference = (scores[:, None] - scores[None, :])[pair]
                 self.accuracies.append(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
             loss = ranking_loss(scores, ranks, group)
+            if config.reward.language_coefficient:
+                table = self.model.get_input_embeddings().weight
+                loss = loss + config.reward.language_coefficient * language_loss(told.hidden_states[-1], inputs, table)
             return (loss, {"scores": scores}) if return_outputs else loss
 
         def log(self, logs, start_time=None):  # type: ignore[no-untyped-def]
@@ -378,10 +461,13 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.preflight import preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
     from recipes.common.training import fit
 
+    if config.reward.optimizer == "muon":
+        refuse_muon_on_shards(config.training)
     tokenizer = load_tokenizer(config.model, run, chat=True)
     check_own_pad_token(tokenizer)
     model = load_model(config.model, tokenizer, run, auto_class=AutoModelForSequenceClassification, num_labels=1)
@@ -389,6 +475,13 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         raise UserError(
             f"model.name: {type(model).__name__} has no `score` head on its last token: give a decoder-only model"
         )
+    if config.reward.language_coefficient and not model.config.tie_word_embeddings:
+        raise UserError(
+            "reward.language_coefficient: the output head of this model is not its word embeddings, and a "
+            "sequence-classification model does not have it: use 0"
+        )
+    freeze(model, config.reward.frozen_layers)
+    grow(model, config.reward.new_layers)
     keep_head_in_full_precision(model)
     disable_dropout(model)  # answers of one prompt are compared with each other: noise between them is not wanted
 
@@ -397,13 +490,12 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     held_out_rows = data["validation"].select(range(min(len(data["validation"]), config.evaluation.max_samples)))
     held_out, sampled_held_out = comparisons(held_out_rows, tokenizer, limit, run), None
     if config.reward.candidates != "given" and not run.dry:
-        own = sample_candidates(rows, config.reward.sampled_prompts, tokenizer, config, run)
-        rows = (
-            own
-            if config.reward.candidates == "sampled"
-            else concatenate_datasets([rows.select_columns(own.column_names), own])
-        )
-        own = sample_candidates(held_out_rows, len(held_out_rows), tokenizer, config, run)
+        both = config.reward.candidates == "both"
+        asked = min(len(rows), config.reward.sampled_prompts)
+        own = sample_candidates(rows.select(range(asked)), tokenizer, config, run, beside_given=both)
+        others = [rows.skip(asked).select_columns(own.column_names)] if both and asked < len(rows) else []
+        rows = concatenate_datasets([own, *others])
+        own = sample_candidates(held_out_rows, tokenizer, config, run, beside_given=False)
         sampled_held_out = comparisons(own, tokenizer, limit, run)
     train = comparisons(rows, tokenizer, limit, run)
 
@@ -418,6 +510,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     untrained = ranking_figures(score_all(model, held_out, tokenizer, config), held_out)
     length = length_baseline(train, held_out)
     trainer = make_trainer(model, tokenizer, train, held_out, config)
+    if config.reward.optimizer == "muon":
+        trainer.optimizer = muon_with_adamw(model, args, config.reward.muon_learning_rate)
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     scores = score_all(model, held_out, tokenizer, config)
     figures = ranking_figures(scores, held_out)

@@ -80,14 +80,77 @@ def test_a_tokenizer_that_pads_with_its_stop_token_is_refused(tiny):
         rlhf.check_own_pad_token(tokenizer)
 
 
+# ---------------------------------------------------------------- layers on top
+
+
+def test_fresh_layers_are_no_copies_and_frozen_ones_stay(tiny):
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    own = len(model.model.layers)
+    reward_model.freeze(model, 1)
+    reward_model.grow(model, 2)
+    assert model.config.num_hidden_layers == len(model.model.layers) == own + 2
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(own + 2))
+    old, fresh, other = (model.model.layers[i].mlp.up_proj.weight for i in (own - 1, own, own + 1))
+    assert not torch.equal(old, fresh) and not torch.equal(fresh, other)
+    torch.testing.assert_close(fresh.std().item(), model.config.initializer_range, atol=0.002, rtol=0)
+    assert torch.equal(model.model.layers[own].input_layernorm.weight, torch.ones_like(model.model.norm.weight))
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=torch.tensor([[5, 9, 8, 1]])).logits.sum().backward()
+    optimizer.step()
+    unchanged = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert unchanged == {name for name in before if name.startswith("model.layers.0.")}
+
+
+def test_more_layers_frozen_than_there_are_is_refused(tiny, preferences, tmp_path, capsys):
+    assert run(tiny, preferences, tmp_path, reward__frozen_layers=99) == 2
+    assert "reward.frozen_layers" in capsys.readouterr().err
+
+
+def test_language_loss_is_that_of_the_best_answers_tokens_alone(scorer):
+    """Against a loop over the answer's tokens, with padding and worse answers in the batch."""
+    rows = [
+        {"sequences": [[5, 9, 8, 1], [5, 9, 7, 7, 7, 1]], "ranks": [0, 1], "start": 2},
+        {"sequences": [[6, 4, 1]], "ranks": [0], "start": 1},
+    ]
+    batch = reward_model.collate(rows, fill=0)
+    table = scorer.get_input_embeddings().weight
+    with torch.no_grad():
+        hidden = scorer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        found = reward_model.language_loss(hidden, batch, table)
+        losses = []
+        for ids, start in (([5, 9, 8, 1], 2), ([6, 4, 1], 1)):
+            logits = scorer.model(input_ids=torch.tensor([ids])).last_hidden_state[0] @ table.T
+            losses += [-logits[t - 1].log_softmax(-1)[ids[t]] for t in range(start, len(ids))]
+    torch.testing.assert_close(found, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_grew_is_trained_saved_and_loaded_by_the_library(tiny, preferences, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    more = {"reward__new_layers": 1, "reward__frozen_layers": 1, "reward__optimizer": "muon"}
+    assert run(tiny, preferences, tmp_path, **more) == 0
+    saved = tmp_path / "reward_model" / "default"
+    model = AutoModelForSequenceClassification.from_pretrained(saved / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    assert model.config.num_hidden_layers == base.config.num_hidden_layers + 1
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+    figures = json.loads((saved / "metrics.json").read_text())
+    assert figures["eval_loss"] < figures["baseline_loss"]
+
+
 # ---------------------------------------------------------------- the K-way batch
 
 
 def test_one_forward_an_answer_gives_the_mean_of_the_pairwise_losses_and_gradients(scorer):
     """All K answers in one batch element against what a pairs-only trainer would do: C(K,2) forwards of two."""
     rows = [
-        {"sequences": [[5, 9, 1], [5, 8, 8, 1], [5, 7, 1], [5, 6, 1]], "ranks": [0, 1, 1, 2]},
-        {"sequences": [[6, 9, 9, 9, 1], [6, 8, 1]], "ranks": [0, 1]},
+        {"sequences": [[5, 9, 1], [5, 8, 8, 1], [5, 7, 1], [5, 6, 1]], "ranks": [0, 1, 1, 2], "start": 1},
+        {"sequences": [[6, 9, 9, 9, 1], [6, 8, 1]], "ranks": [0, 1], "start": 1},
     ]
     batch = reward_model.collate(rows, fill=0)
     assert batch["input_ids"].shape == (6, 5) and batch["group"].tolist() == [0, 0, 0, 0, 1, 1]

@@ -33,9 +33,9 @@ Value: TypeAlias = "int | Word | Sequence[int | Word]"
 
 HELD_OUT = 5  # percent of the instances in validation, and as many in test
 SIZES = {"train": 90_000, "validation": 2_000, "test": 2_000}
-PREFERENCE_SIZES = {"train": 12_000, "validation": 600, "test": 600}
+PREFERENCE_SIZES = {"train": 24_000, "validation": 600, "test": 600}
 CHINESE = 0.3  # share of the rows
-NEAR, RANDOM, WRONG_FORM = 1, 2, 3  # ranks of the wrong answers
+WRONG, WRONG_FORM = 1, 2  # ranks of the answers that are not right
 
 
 @dataclass(slots=True)
@@ -279,8 +279,9 @@ def load(split: str, seed: int) -> list[Row]:
 def load_preferences(split: str, seed: int) -> list[Row]:
     """Rows {"prompt": [user], "completions", "ranks", "task", "language", "answer"} of 4 to 6 completions, best first.
 
-    Rank 0 is the right answer, 1 a near miss, 2 another question's answer, 3 the wrong form (the right value in
-    rambling words, no answer, the other language). 12,000 rows of train, 600 of each held-out split, split as `load`.
+    Rank 0 is the right answer; 1 wrong ones, near misses and at least one answer to another question of the kind, which
+    tie; 2 the wrong form (the right value in rambling words, no answer, the other language). 24,000 rows of train, 600
+    of each held-out split, split as `load`.
     """
     check_split(split)
     rng = random.Random(f"tasks_preferences {split} {seed}")
@@ -305,7 +306,6 @@ def rank(instance: Instance, row: Row, rng: random.Random) -> tuple[list[str], l
     """Completions of one prompt, best first, and their ranks: no two alike, only the first right."""
     family, language, answer = row["task"], row["language"], row["answer"]
     size = rng.randint(4, 6)
-    wrong_form = 1 if size == 4 else rng.randint(1, 2)
     chosen: dict[str, tuple[str, int]] = {normal(answer): (answer, 0)}
 
     def choose(text: str, its_rank: int) -> None:
@@ -314,13 +314,13 @@ def rank(instance: Instance, row: Row, rng: random.Random) -> tuple[list[str], l
     slips = [say(slip, language) for slip in instance.slips]
     rng.shuffle(slips)
     for slip in slips:
-        if len(chosen) < size - wrong_form - 1:
-            choose(slip, NEAR)
-    while len(chosen) < size - wrong_form:
+        if len(chosen) < size - 2:
+            choose(slip, WRONG)
+    while len(chosen) < size - 1:
         other = FAMILIES[family](rng)
         text = say(other.answer, language)
         if other.form == instance.form and text not in slips:  # of the form of an answer, and not near it
-            choose(text, RANDOM)
+            choose(text, WRONG)
     while len(chosen) < size:
         choose(rambling(instance, row, rng), WRONG_FORM)
     return [text for text, _ in chosen.values()], [its_rank for _, its_rank in chosen.values()]
