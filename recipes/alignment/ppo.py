@@ -9,6 +9,7 @@ score and KL penalty over the tokens, turns these and the critic's values into a
 clipped updates over them. The true score, where the task has a checker, is reported and never trained on.
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155;
+RLOO: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740;
 details as in Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", https://arxiv.org/abs/2403.17031
 
     make ppo                                       # laptop, offline, 3 minutes, after `make full`, `make reward_model`
@@ -47,7 +48,8 @@ class PPO:
     """PPO's own knobs; a minibatch is training.per_device_train_batch_size x gradient_accumulation_steps a process."""
 
     reward_model: str = "runs/reward_model/default/model"  # folder or hub id: sequence classification with one label
-    rollouts: PositiveInt = 512  # prompts answered in a step, over all processes (InstructGPT)
+    rollouts: PositiveInt = 512  # answers in a step, over all processes (InstructGPT)
+    answers: PositiveInt = 1  # to each prompt of a step
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out (Huang 2024)
     max_new_tokens: PositiveInt = 53  # longest answer, in tokens (Huang 2024)
     epochs: PositiveInt = 4  # passes over a step's answers (Huang 2024; InstructGPT: 1)
@@ -62,7 +64,9 @@ class PPO:
     reward_clip: PositiveFloat = 5.0  # of the normalised score, in standard deviations
     missing_stop_penalty: NonNegativeFloat = 1.0  # taken off the reward of an answer that does not end (Huang 2024)
     stop_kl: PositiveFloat | None = 0.05  # nats a token from pi_old at which a step's passes end; default: measured
-    critic: Literal["separate", "shared"] = "separate"  # its own model, from the reward model (InstructGPT), or a head
+    # its own model, from the reward model (InstructGPT); a head on the policy; or none: an answer is measured against the
+    # prompt's other answers (RLOO), which takes several answers to a prompt
+    critic: Literal["separate", "shared", "others"] = "separate"
     critic_learning_rate: PositiveFloat | None = None  # default: training.learning_rate, which is the policy's
     critic_warmup: NonNegativeInt = 0  # first steps in which the critic learns alone, the policy being as it was
 
@@ -203,6 +207,8 @@ def update(
     mask = rollout.mask.float()  # [B, R]
     rewards = rlhf.token_rewards(rollout.rewards, rollout.logprobs, rollout.reference, rollout.mask, beta)  # [B, R]
     advantages, returns = rlhf.generalized_advantages(rewards, rollout.values, mask, ppo.gamma, ppo.lam)  # [B, R]
+    if ppo.critic == "others":
+        advantages = rlhf.leave_one_out_advantages(rewards, mask, ppo.answers)  # [B, R]
     advantages = rlhf.whiten(advantages, mask, reduce=reduce)  # [B, R]
 
     generator = torch.Generator().manual_seed(seed)
@@ -223,7 +229,9 @@ def update(
                 )  # [b, R] each
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
-                loss = ppo.value_coefficient * value + (0 if critic_only else policy)  # [b, R]
+                loss = (0 if critic_only else policy) + (
+                    0 if ppo.critic == "others" else ppo.value_coefficient * value
+                )  # [b, R]
                 if entropy is not None and not critic_only:
                     loss = loss - ppo.entropy_coefficient * entropy
                 # the minibatch's mean over tokens: accelerate divides by the accumulation steps, the sum must not be
@@ -241,12 +249,18 @@ def update(
         seen.append(accelerator.reduce(sums / tokens, "mean"))
         if ppo.stop_kl is not None and seen[-1][SEEN.index("update_kl")] > ppo.stop_kl:
             break
-    return dict(zip(SEEN, torch.stack(seen).mean(dim=0).tolist(), strict=True)) | {
-        "update_kl": seen[-1][SEEN.index("update_kl")].item(),  # of the last minibatch: how far the step went
-        "minibatches": len(seen),
-        "ratio_error": ratio_error,  # largest |rho - 1| of the first minibatch: 0, or training is not what answered
-        "explained_variance": rlhf.explained_variance(rollout.values, returns, mask, reduce).item(),
-    }
+    critic = {} if ppo.critic == "others" else {
+        "explained_variance": rlhf.explained_variance(rollout.values, returns, mask, reduce).item()
+    }  # fmt: skip
+    return (
+        dict(zip(SEEN, torch.stack(seen).mean(dim=0).tolist(), strict=True))
+        | critic
+        | {
+            "update_kl": seen[-1][SEEN.index("update_kl")].item(),  # of the last minibatch: how far the step went
+            "minibatches": len(seen),
+            "ratio_error": ratio_error,  # largest |rho - 1| of the first minibatch: 0, or training is not what answered
+        }
+    )
 
 
 def minibatches(answers: int, config: Config, generator: Any) -> Iterator[Tensor]:
@@ -326,7 +340,8 @@ def draw(run: RunFolder) -> None:
     run.plot("reward_and_true_score", rewards)
     run.plot("frontier", frontier)
     run.plot_curve("kl", "kl", "kl_k3", label="KL from the SFT model, nats a response")
-    run.plot_curve("critic", "explained_variance", "value_loss")
+    if history[-1].get("explained_variance") is not None:
+        run.plot_curve("critic", "explained_variance", "value_loss")
     run.plot_curve("policy", "entropy", "clip_fraction", "update_kl")
 
 
@@ -392,6 +407,12 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
             f"per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps} x {processes} process(es)"
         )
+    if ppo.rollouts % (ppo.answers * processes):
+        problems.append(
+            f"ppo.answers: {ppo.rollouts} rollouts cannot be {ppo.answers} answers to each prompt on {processes} process(es)"
+        )
+    if ppo.critic == "others" and (ppo.answers < 2 or ppo.critic_warmup):
+        problems.append("ppo.critic: others has nothing to warm up, and needs ppo.answers of 2 or more to compare")
     places = model_positions(policy)
     for section, longest in (("ppo", ppo.max_new_tokens), ("evaluation", config.evaluation.max_new_tokens)):
         if places and longest_prompt + longest > places:
@@ -449,19 +470,23 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     reward_model = load_reward_model(config, tokenizer, run)
     critic = load_reward_model(config, tokenizer, run) if ppo.critic == "separate" else None
     learner = rlhf.ActorCritic(policy, critic, reward_model.config)
+    if ppo.critic == "others":
+        learner.head.requires_grad_(False)  # stays 0: there is no critic
     rlhf.disable_dropout(learner)
     if args.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * len(prompts) / ppo.rollouts))
+    asked_a_step = ppo.rollouts // ppo.answers
+    steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * len(prompts) / asked_a_step))
     asked = [prompt + [tokenizer.eos_token_id] * ppo.max_new_tokens for prompt in prompts[: ppo.rollouts // processes]]
     ids, mask = rlhf.pad(asked, tokenizer.pad_token_id, "left")
     preflight(run, learner, {"input_ids": ids, "attention_mask": mask}, args=args, total_steps=steps)
 
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, policy)
     policy_rate, critic_rate = options.pop("lr"), ppo.critic_learning_rate or args.learning_rate
-    others = [p for name, p in learner.named_parameters() if not name.startswith("policy.")]
-    groups = [{"params": policy.parameters(), "lr": policy_rate}, {"params": others, "lr": critic_rate}]
+    critics = [p for name, p in learner.named_parameters() if p.requires_grad and not name.startswith("policy.")]
+    groups = [{"params": policy.parameters(), "lr": policy_rate}, {"params": critics, "lr": critic_rate}]
+    groups = groups if critics else groups[:1]
     optimizer = optimizer_class(groups, **{"weight_decay": args.weight_decay, **options})
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:  # what accelerate would read off a DataLoader
@@ -477,7 +502,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     loop = Loop(run, args, accelerator, total_steps=steps, time_limit_minutes=config.run.time_limit_minutes)
     for step in loop:
-        chosen = prompts_of_step(step, ppo.rollouts, len(prompts), args.seed)[rank::processes]
+        chosen = prompts_of_step(step, ppo.rollouts // ppo.answers, len(prompts), args.seed)[rank::processes]
+        chosen = [i for i in chosen for _ in range(ppo.answers)]
         seed = args.seed + processes * step + rank
         rollout = collect(
             models, [prompts[i] for i in chosen], config, accelerator, longest=ppo.max_new_tokens, seed=seed

@@ -329,6 +329,32 @@ def test_reward_rises_at_a_kl_that_is_reported(trained):
         assert (trained / "plots" / f"{plot}.png").stat().st_size > 5_000
 
 
+def test_reward_rises_without_a_critic_too(tiny, judge, preferences, tmp_path):
+    more = {"training__max_steps": 12, "ppo__critic": "others", "ppo__answers": 4}
+    assert run(tiny, judge, preferences, tmp_path, **more) == 0
+    folder = tmp_path / "ppo" / "default"
+    figures = json.loads((folder / "metrics.json").read_text())
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert figures["reward_after"] > figures["reward_before"] + 0.5
+    assert history[0]["ratio_error"] == 0.0 and "explained_variance" not in history[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"ppo__critic": "others"}, "ppo.critic"),
+        ({"ppo__critic": "others", "ppo__answers": 2, "ppo__critic_warmup": 1}, "ppo.critic"),
+        ({"ppo__answers": 3}, "ppo.answers"),
+    ],
+)
+def test_answers_that_cannot_be_compared_or_dealt_out_are_refused(
+    tiny, judge, preferences, tmp_path, capsys, more, said
+):
+    assert run(tiny, judge, preferences, tmp_path, **more) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "ppo" / "default").exists()
+
+
 def test_policy_loads_as_a_plain_causal_model_without_value_head(trained, tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -57,6 +57,13 @@ def test_gae_at_lambda_1_is_reward_to_go_minus_value_and_at_lambda_0_the_td_erro
     torch.testing.assert_close(advantages, (rewards + 0.9 * shifted - values) * mask)
 
 
+def test_leave_one_out_advantages_on_hand_numbers():
+    rewards = torch.tensor([[1.0, 2.0], [6.0, 50.0], [-1.0, 1.0], [4.0, 0.0], [0.0, 0.0], [2.0, 3.0]])
+    mask = left_to_right(2, 1, 2, 2, 2, 2, width=2)  # R = 3, 6, 0 to one prompt and 4, 0, 5 to another
+    advantages = rlhf.leave_one_out_advantages(rewards, mask, answers=3)
+    assert advantages.tolist() == [[0.0, 0.0], [4.5, 0.0], [-4.5, -4.5], [1.5, 1.5], [-4.5, -4.5], [3.0, 3.0]]
+
+
 def test_gae_ignores_everything_on_padding():
     rewards, values, mask = torch.randn(3, 6), torch.randn(3, 6), left_to_right(2, 6, 4, width=6)
     clean = rlhf.generalized_advantages(rewards * mask, values * mask, mask, 0.99, 0.95)
