@@ -11,7 +11,7 @@ can stay frozen, fresh layers can be put on top of its own, and it can go on pre
 
 InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; GRM: Yang et al. 2024, https://arxiv.org/abs/2406.10216
 
-    make reward_model                                       # laptop, offline, 2 minutes, from `make full`
+    make reward_model                                       # laptop, offline, 5 minutes, from `make full`
     make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf), 10 minutes
     make reward_model CONFIG=gpu                            # one GPU, a public model and preference set
     make reward_model CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node
