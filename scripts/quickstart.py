@@ -48,7 +48,7 @@ STAGES = [
     Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, MADE_WITH["tokenizer"]),
     Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9),
     Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 5.3),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 4.3),
     Stage("ppo", "alignment", "PPO against the reward model", 2.8),
 ]
 
@@ -58,8 +58,8 @@ SUMMARY = {  # summary.json <- (recipe, figure of its metrics.json)
     "xz_bits_per_byte": ("llama", "xz_bits_per_byte"),
     "xz_primed_bits_per_byte": ("llama", "xz_primed_bits_per_byte"),
     "base_exact_match": ("full", "baseline_exact_match"),
-    "sft_exact_match": ("full", "exact_match"),
-    "sft_sampled_exact_match": ("full", "sampled_exact_match"),
+    "sft_exact_match": ("ppo", "baseline_exact_match"),  # the SFT model on the questions that PPO's is measured on
+    "sft_sampled_exact_match": ("ppo", "baseline_sampled_exact_match"),
     "reward_accuracy": ("reward_model", "reward_accuracy"),
     "ppo_exact_match": ("ppo", "exact_match"),
     "ppo_sampled_exact_match": ("ppo", "sampled_exact_match"),

@@ -22,6 +22,8 @@ def judge(tiny, preferences, tmp_path_factory) -> Path:
         *("--model.name", str(tiny), "--data.name", str(preferences), "--run.root", str(root), "--run.threads", "1"),
         *("--training.max_steps", "40", "--training.per_device_train_batch_size", "16"),
         *("--training.learning_rate", "3e-3", "--training.bf16", "false"),
+        *("--reward.frozen_layers", "0", "--reward.new_layers", "0", "--reward.optimizer", "adamw"),
+        *("--reward.language_coefficient", "0"),
     ]
     assert run_recipe(reward_model.main, reward_model.Config, argv) == 0
     return root / "reward_model" / "default" / "model"
@@ -36,6 +38,8 @@ def arguments(tiny: Path, judge: Path, data: Path, root: Path, **more: object) -
         "ppo__rollouts": 128,
         "ppo__max_new_tokens": 4,
         "ppo__kl_coefficient": 0.01,
+        "ppo__critic": "separate",
+        "ppo__answers": 1,
         "training__max_steps": 8,
         "training__learning_rate": 1e-2,
         "training__per_device_train_batch_size": 32,

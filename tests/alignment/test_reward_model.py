@@ -24,6 +24,10 @@ def run(tiny: Path, data: Path, root: Path, *flags: str, **more: object) -> int:
         "training__per_device_train_batch_size": 16,
         "training__learning_rate": 3e-3,
         "training__bf16": "false",
+        "reward__new_layers": 0,
+        "reward__frozen_layers": 0,
+        "reward__language_coefficient": 0,
+        "reward__optimizer": "adamw",
         "run__root": root,
         "run__threads": 1,
         **more,
@@ -133,6 +137,7 @@ def test_a_model_that_grew_is_trained_saved_and_loaded_by_the_library(tiny, pref
     from transformers import AutoModelForSequenceClassification
 
     more = {"reward__new_layers": 1, "reward__frozen_layers": 1, "reward__optimizer": "muon"}
+    more["reward__language_coefficient"] = 1.0
     assert run(tiny, preferences, tmp_path, **more) == 0
     saved = tmp_path / "reward_model" / "default"
     model = AutoModelForSequenceClassification.from_pretrained(saved / "model")
