@@ -61,6 +61,7 @@ bench: setup
 	@$(PYTHON_IN_VENV) scripts/bench.py $(ARGS)
 results: setup
 	@$(PYTHON_IN_VENV) scripts/results.py $(ARGS)
+notebooks: export PYTHONWARNINGS = ignore
 notebooks: setup
 	@$(PYTHON_IN_VENV) -m jupyter execute --inplace notebooks/*.ipynb
 
