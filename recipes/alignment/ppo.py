@@ -206,9 +206,10 @@ def update(
     reduce = (lambda x: accelerator.reduce(x, "sum")) if processes > 1 else None
     mask = rollout.mask.float()  # [B, R]
     rewards = rlhf.token_rewards(rollout.rewards, rollout.logprobs, rollout.reference, rollout.mask, beta)  # [B, R]
-    advantages, returns = rlhf.generalized_advantages(rewards, rollout.values, mask, ppo.gamma, ppo.lam)  # [B, R]
-    if ppo.critic == "others":
-        advantages = rlhf.leave_one_out_advantages(rewards, mask, ppo.answers)  # [B, R]
+    if ppo.critic == "others":  # nothing to fit: the values are 0 and stay 0
+        advantages, returns = rlhf.leave_one_out_advantages(rewards, mask, ppo.answers), rollout.values  # [B, R]
+    else:
+        advantages, returns = rlhf.generalized_advantages(rewards, rollout.values, mask, ppo.gamma, ppo.lam)  # [B, R]
     advantages = rlhf.whiten(advantages, mask, reduce=reduce)  # [B, R]
 
     generator = torch.Generator().manual_seed(seed)
@@ -229,9 +230,7 @@ def update(
                 )  # [b, R] each
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
-                loss = (0 if critic_only else policy) + (
-                    0 if ppo.critic == "others" else ppo.value_coefficient * value
-                )  # [b, R]
+                loss = ppo.value_coefficient * value + (0 if critic_only else policy)  # [b, R]
                 if entropy is not None and not critic_only:
                     loss = loss - ppo.entropy_coefficient * entropy
                 # the minibatch's mean over tokens: accelerate divides by the accumulation steps, the sum must not be
@@ -249,18 +248,14 @@ def update(
         seen.append(accelerator.reduce(sums / tokens, "mean"))
         if ppo.stop_kl is not None and seen[-1][SEEN.index("update_kl")] > ppo.stop_kl:
             break
-    critic = {} if ppo.critic == "others" else {
-        "explained_variance": rlhf.explained_variance(rollout.values, returns, mask, reduce).item()
-    }  # fmt: skip
-    return (
-        dict(zip(SEEN, torch.stack(seen).mean(dim=0).tolist(), strict=True))
-        | critic
-        | {
-            "update_kl": seen[-1][SEEN.index("update_kl")].item(),  # of the last minibatch: how far the step went
-            "minibatches": len(seen),
-            "ratio_error": ratio_error,  # largest |rho - 1| of the first minibatch: 0, or training is not what answered
-        }
-    )
+    figures = dict(zip(SEEN, torch.stack(seen).mean(dim=0).tolist(), strict=True)) | {
+        "update_kl": seen[-1][SEEN.index("update_kl")].item(),  # of the last minibatch: how far the step went
+        "minibatches": len(seen),
+        "ratio_error": ratio_error,  # largest |rho - 1| of the first minibatch: 0, or training is not what answered
+    }
+    if ppo.critic != "others":
+        figures["explained_variance"] = rlhf.explained_variance(rollout.values, returns, mask, reduce).item()
+    return figures
 
 
 def minibatches(answers: int, config: Config, generator: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ can stay frozen, fresh layers can be put on top of its own, and it can go on pre
 
 InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; GRM: Yang et al. 2024, https://arxiv.org/abs/2406.10216
 
-    make reward_model                                       # laptop, offline, 5 minutes, from `make full`
+    make reward_model                                       # laptop, offline, 6 minutes, from `make full`
     make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf), 10 minutes
     make reward_model CONFIG=gpu                            # one GPU, a public model and preference set
     make reward_model CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node
@@ -48,9 +48,7 @@ class Reward:
     candidates: Literal["given", "sampled", "both"] = "given"  # the data's answers, the model's own (InstructGPT), both
     sampled_prompts: PositiveInt = 4000  # training prompts that the model answers itself, if candidates are sampled
     samples: PositiveInt = 6  # answers that it gives to each (InstructGPT: 4 to 9)
-    new_layers: NonNegativeInt = (
-        0  # fresh layers on top of the model's own, to compare what it expected with what it reads
-    )
+    new_layers: NonNegativeInt = 0  # fresh layers on top of the model's own
     frozen_layers: NonNegativeInt = 0  # lowest layers that stay as they are
     language_coefficient: NonNegativeFloat = 0.0  # weight of the language-model loss on the best answers (GRM)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, as a small model was pretrained
@@ -168,7 +166,7 @@ def grow(model: PreTrainedModel, layers: int) -> None:
     if layers and (own is None or not hasattr(getattr(own[-1], "self_attn", None), "layer_idx")):
         raise UserError(f"reward.new_layers: {type(model).__name__} is no stack of `layers` like LLaMA's: use 0")
     for _ in range(layers):
-        fresh = copy.deepcopy(own[-1])
+        fresh = copy.deepcopy(own[-1]).requires_grad_(True)  # it may be a frozen one's copy
         fresh.self_attn.layer_idx = len(own)
         for module in fresh.modules():
             module._is_hf_initialized = False

@@ -188,7 +188,7 @@ def leave_one_out_advantages(rewards: Tensor, mask: Tensor, answers: int) -> Ten
     """RLOO: A = R - mean R of the other answers to the same prompt, the same at every token of an answer: [B, R].
 
     rewards: [B, R], the KL penalty and the score of each token, whose sum is an answer's R; rows of one prompt are next
-    to each other, `answers` of them. Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, eq. (8).
+    to each other, `answers` of them. Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740.
     """
     total = (rewards * mask).sum(dim=1).view(-1, answers)  # [prompts, answers]
     others = (total.sum(dim=1, keepdim=True) - total) / (answers - 1)

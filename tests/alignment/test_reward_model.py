@@ -109,6 +109,11 @@ def test_fresh_layers_are_no_copies_and_frozen_ones_stay(tiny):
     unchanged = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
     assert unchanged == {name for name in before if name.startswith("model.layers.0.")}
 
+    reward_model.freeze(model, len(model.model.layers))
+    reward_model.grow(model, 1)
+    assert {p.requires_grad for p in model.model.layers[-1].parameters()} == {True}
+    assert {p.requires_grad for layer in model.model.layers[:-1] for p in layer.parameters()} == {False}
+
 
 def test_more_layers_frozen_than_there_are_is_refused(tiny, preferences, tmp_path, capsys):
     assert run(tiny, preferences, tmp_path, reward__frozen_layers=99) == 2

@@ -257,6 +257,7 @@ def test_prompts_and_answers_are_short_and_seldom_repeated() -> None:
     assert max(len(prompt(row).split()) for row in train) <= 25
     assert max(len(prompt(row)) for row in train) < 100
     assert max(len(row["answer"]) for row in train) < 40
+    assert len({prompt(row) for row in train[:40_000]}) > 0.85 * 40_000
     assert len({prompt(row) for row in train}) > 0.8 * len(train)
 
 
@@ -327,7 +328,7 @@ COMPUTED = ("add", "subtract", "multiply", "count", "sort", "reverse")
 def test_what_must_be_computed_does_not_stand_in_the_prompt() -> None:
     for split in SPLITS:
         for row in rows("tasks", split):
-            if row["task"] in COMPUTED:
+            if row["task"] in COMPUTED or (row["task"] == "date" and not row["answer"].isdigit()):  # a month's name
                 answer = re.escape(row["answer"])
                 assert not re.search(rf"(?<![0-9A-Za-z]){answer}(?![0-9A-Za-z])", prompt(row)), row
 

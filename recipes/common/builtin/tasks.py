@@ -251,7 +251,7 @@ def load(split: str, seed: int) -> list[Row]:
     """Rows {"messages": [user, assistant], "task": family, "language": "en" | "zh", "answer"}.
 
     90,000 rows of train, 2,000 of each held-out split; the families in equal parts, four in five
-    prompts once.
+    prompts different.
     """
     check_split(split)
     rng = random.Random(f"tasks {split} {seed}")
