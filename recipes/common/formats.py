@@ -4,6 +4,8 @@
     conversation  {"messages": [{"role": "system|user|assistant|tool", "content": str}, ...]}, the answer last
     preference    {"prompt": messages, "completions": [str, ...], "ranks": [int, ...]}, best first, ties allowed
     prompt        {"prompt": messages}, what precedes the answer
+    classification {"text": str, "text_pair": str or None, "label": str}, one text or two and their class
+    pair          {"source": str, "target": str}, a text and what it is to become: a translation, a summary
 
 A row is recognised by its columns (alpaca, ShareGPT, messages, prompt/completion, question/answer, SQuAD,
 chosen/rejected in all forms, K-way), and what it holds (its native kind) is then turned into the kind that is asked
@@ -19,12 +21,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-Kind = Literal["text", "conversation", "preference", "prompt", "image", "image_caption"]
+Kind = Literal["text", "conversation", "preference", "prompt", "classification", "pair", "image", "image_caption"]
 Message = dict[str, str]
 
 # Our name of a column -> the names that it goes by in the wild, most telling first.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "text": ("text", "content"),
+    "text": ("text", "content", "sentence", "sentence1", "premise"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis"),
+    "source": ("source", "src"),
+    "target": ("target", "tgt", "summary"),
     "messages": ("messages", "conversations", "conversation"),
     "prompt": ("prompt", "instruction", "question", "query", "problem"),
     "input": ("input", "context"),
@@ -42,7 +47,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "caption": ("caption", "text", "captions"),
 }
 # A row may lack these even where data.columns maps them.
-OPTIONAL = frozenset({"input", "system", "history", "tools"})
+OPTIONAL = frozenset({"input", "system", "history", "tools", "text_pair"})
+# Kinds whose rows have no turns, and so no tools.
+WITHOUT_TURNS = ("text", "classification", "pair")
 
 ROLES: dict[str, str] = {
     "system": "system",
@@ -75,6 +82,8 @@ SERVES: dict[str, tuple[str, ...]] = {
     "conversation": ("conversation", "prompt"),
     "preference": ("preference", "conversation", "prompt"),
     "prompt": ("prompt",),
+    "classification": ("classification", "text"),
+    "pair": ("pair",),
     "image": ("image",),
     "image_caption": ("image_caption",),
 }
@@ -83,6 +92,8 @@ HOLDS: dict[str, str] = {
     "conversation": "conversations",
     "preference": "ranked answers",
     "prompt": "prompts without an answer",
+    "classification": "texts with a class",
+    "pair": "texts with what they become",
     "image": "images with labels",
     "image_caption": "images with captions",
 }
@@ -91,6 +102,8 @@ NEEDS: dict[str, str] = {
     "conversation": "turns (messages), or a prompt and its answer (prompt, completion)",
     "preference": "two answers (chosen, rejected), or more with their order (prompt, completions, ranks or scores)",
     "prompt": "turns (messages), or a prompt",
+    "classification": "a text and its class (text, label), and the second text if there are two (text_pair)",
+    "pair": "a text and what it becomes (source, target)",
     "image": "an image and its class (image, label)",
     "image_caption": "an image and its caption (image, caption)",
 }
@@ -160,7 +173,7 @@ def canonical_row(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str]
             )
         raise BadRow("no assistant turn: there is no answer to learn")
     result = convert(result, native, kind)
-    if kind == "text":
+    if kind in WITHOUT_TURNS:
         return result
     if kind == "prompt":
         check_prompt(result["prompt"])
@@ -182,6 +195,8 @@ def convert(row: Mapping[str, Any], native: str, kind: str) -> dict[str, Any]:
         return dict(row)
     if reason := misfit(native, kind):
         raise BadRow(reason)
+    if native == "classification":
+        return {"text": row["text"]}
     others = {name: value for name, value in row.items() if name not in ("messages", "prompt", "completions", "ranks")}
     if native == "preference" and kind == "conversation":
         best = {"role": "assistant", "content": row["completions"][0]}
@@ -225,12 +240,16 @@ _SCHEMAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "answered": (("prompt", "completion"), ("input", "completion")),
     "unanswered": (("prompt",), ("input",)),
     "text": (("text",),),
+    "labelled": (("text", "label"),),
+    "mapped": (("source", "target"),),
 }
 _TRIED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "conversation": ("k_way", "pair", "turns", "answered"),
     "preference": ("k_way", "pair"),
     "prompt": ("k_way", "pair", "turns", "answered", "unanswered"),
+    "classification": ("labelled",),
+    "pair": ("mapped",),
 }
 _NATIVE = {
     "k_way": "preference",
@@ -239,6 +258,8 @@ _NATIVE = {
     "answered": "conversation",
     "unanswered": "prompt",
     "text": "text",
+    "labelled": "classification",
+    "mapped": "pair",
 }
 
 
@@ -293,7 +314,12 @@ def _schema_or_problem(
     if nulls and any(all(o in filled for o in form) for schema in _TRIED[kind] for form in _SCHEMAS[schema]):
         return f"{_listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null; for {kind!r} a row needs {NEEDS[kind]}"
     # A half is nearer to what the user meant than another kind is: what is missing comes before what it can serve as.
-    halves = {"conversation": ("prompt", "completion"), "preference": ("chosen", "rejected")}.get(kind, ())
+    halves = {
+        "conversation": ("prompt", "completion"),
+        "preference": ("chosen", "rejected"),
+        "classification": ("text", "label"),
+        "pair": ("source", "target"),
+    }.get(kind, ())
     lacks = [ours for ours in halves if ours not in names]
     if len(lacks) in (0, len(halves)):
         for schema in ("k_way", "pair", "turns", "answered", "text"):
@@ -304,6 +330,8 @@ def _schema_or_problem(
             "conversation": ["messages", "prompt", "completion"],
             "preference": ["chosen", "rejected", "completions"],
             "prompt": ["messages", "prompt"],
+            "classification": ["text", "label"],
+            "pair": ["source", "target"],
         }[kind]
     return _missing(lacks, columns, kind)
 
@@ -335,6 +363,23 @@ def _missing(lacks: Sequence[str], columns: tuple[str, ...], kind: str) -> str:
 
 def _read_text(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
     return "text", {"text": _string(row[names["text"]], names["text"])}, {"text"}
+
+
+def _read_labelled(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    label, second = row[names["label"]], names.get("text_pair")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise BadRow(f"{names['label']} is {shown_type(label)}, not the name or the number of a class")
+    result = {
+        "text": _string(row[names["text"]], names["text"]),
+        "text_pair": _string(row[second], second) if second is not None and second in row else None,
+        "label": str(label),
+    }
+    return "classification", result, {"text", "text_pair", "label"}
+
+
+def _read_mapped(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    result = {ours: _string(row[names[ours]], names[ours]) for ours in ("source", "target")}
+    return "pair", result, {"source", "target"}
 
 
 def _read_turns(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
@@ -483,6 +528,8 @@ _READERS = {
     "unanswered": _read_unanswered,
     "pair": _read_pair,
     "k_way": _read_k_way,
+    "labelled": _read_labelled,
+    "mapped": _read_mapped,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from recipes.common.builtin import BUILTINS, pydocs, pydocs_qa, tasks, wordings
+from recipes.common.builtin import BUILTINS, packages, pydocs, pydocs_qa, tasks, wordings
 from recipes.common.builtin.split import SPLITS, split_of
 from recipes.common.errors import UserError
 
@@ -39,7 +39,7 @@ def test_importing_the_sets_imports_nothing_heavy() -> None:
         "sys.exit(bool({'torch', 'datasets', 'numpy', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["pydocs", "pydocs_qa", "tasks", "tasks_preferences"])
+    assert (done.returncode, done.stdout.split()) == (0, list(BUILTINS))
 
 
 @pytest.mark.parametrize("name", BUILTINS)
@@ -68,6 +68,13 @@ def test_rows_have_the_form_of_their_kind(name: str) -> None:
                 assert [message["role"] for message in row["prompt"]] == ["user"]
                 assert 4 <= len(row["completions"]) == len(row["ranks"]) <= 6
                 assert row["ranks"][0] == 0 < row["ranks"][1] and row["ranks"] == sorted(row["ranks"])
+            case "classification":
+                assert row["text"].strip() and row["label"]
+                assert row["text_pair"] is None or row["text_pair"].strip()
+            case "pair":
+                assert row["source"].strip() and row["target"].strip()
+            case kind:
+                pytest.fail(f"no check for rows of kind {kind}")
 
 
 def test_a_key_has_one_split_and_the_shares_are_as_asked() -> None:
@@ -542,3 +549,39 @@ def test_the_first_wrong_answer_is_near_the_right_one() -> None:
             case "position" | "compare" | "lookup" if not near.isdigit():
                 assert near.lower() in prompt(row).lower(), row
         assert all(completion.strip() for completion in row["completions"])
+
+
+# ------------------------------------------------------------------------------------------------ labelled and paired
+
+
+def test_functions_of_packages_are_split_by_file_and_no_docstring_stands_in_two_splits() -> None:
+    splits = {split: packages.shuffled(split, 0) for split in SPLITS}
+    for one, other in combinations(splits.values(), 2):
+        assert not {(thing.package, thing.path) for thing in one} & {(thing.package, thing.path) for thing in other}
+        assert not {thing.summary for thing in one} & {thing.summary for thing in other}
+        assert not {thing.code for thing in one} & {thing.code for thing in other}
+    assert len(splits["train"]) > 3_000 and min(map(len, splits.values())) > 400
+    for things in splits.values():
+        classes = Counter(thing.package for thing in things)
+        assert set(classes) == set(packages.PACKAGES)
+        assert max(classes.values()) < 0.25 * len(things)  # so guessing the largest class is no good
+
+
+def test_code_has_no_docstring_left_in_it_and_a_docstring_no_package_name() -> None:
+    things = packages.shuffled("train", 0)
+    assert not any(thing.summary in thing.code for thing in things)
+    assert not any(packages.OWN_NAMES.search(row["text"]) for row in rows("pydocs_package", "train"))
+
+
+def test_half_of_the_matches_match() -> None:
+    summary_of = {thing.code: thing.summary for thing in packages.shuffled("validation", 0)}
+    found = rows("pydocs_match", "validation")
+    assert abs(sum(row["label"] == "yes" for row in found) / len(found) - 0.5) < 0.01
+    assert all((summary_of[row["text"]] == row["text_pair"]) == (row["label"] == "yes") for row in found)
+
+
+def test_translation_says_the_same_numbers_in_both_languages() -> None:
+    for row in rows("tasks_translation", "validation"):
+        assert sorted(re.findall(r"\d+", row["source"])) == sorted(re.findall(r"\d+", row["target"])), row
+    held_out = {row["source"] for row in rows("tasks_translation", "validation")}
+    assert not held_out & {row["source"] for row in rows("tasks_translation", "train")}

@@ -269,7 +269,14 @@ def test_columns_map_of_a_preference():
 @pytest.mark.parametrize(
     ("columns", "fragments"),
     [
-        ({"promt": "question"}, ["'promt' is not a column of ours", "did you mean 'prompt'", "text, messages, prompt"]),
+        (
+            {"promt": "question"},
+            [
+                "'promt' is not a column of ours",
+                "did you mean 'prompt'",
+                "text, text_pair, source, target, messages, prompt",
+            ],
+        ),
         ({"instruction": "x"}, ["'instruction'", "did you mean 'prompt'"]),
         ({"zzz": "x"}, ["'zzz'", "ours -> theirs"]),
     ],
@@ -403,3 +410,36 @@ def test_picked_columns():
     assert formats.picked_columns(["image", "alt"], "image_caption", {"caption": "alt"})["caption"] == "alt"
     with pytest.raises(BadRow, match="no caption column"):
         formats.picked_columns(["image", "alt"], "image_caption")
+
+
+# ------------------------------------------------------------------------------------------- classes and pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "a b", "label": "yes"}, {"text": "a b", "text_pair": None, "label": "yes"}),
+        ({"sentence": "a b", "label": 2}, {"text": "a b", "text_pair": None, "label": "2"}),  # SST-2
+        ({"premise": "a", "hypothesis": "b", "label": 0}, {"text": "a", "text_pair": "b", "label": "0"}),  # MNLI
+        ({"sentence1": "a", "sentence2": "b", "label": 1}, {"text": "a", "text_pair": "b", "label": "1"}),  # MRPC
+        ({"text": "a", "text_pair": None, "label": "x", "id": 3}, {"text": "a", "text_pair": None, "label": "x"}),
+    ],
+)
+def test_labelled_texts_are_recognised(row, expected):
+    assert canonical_row(row, "classification") == expected
+
+
+def test_a_text_and_what_it_becomes_is_recognised_or_mapped():
+    assert canonical_row({"src": "a", "tgt": "b"}, "pair") == {"source": "a", "target": "b"}
+    mapped = canonical_row({"en": "a", "zh": "b"}, "pair", {"source": "en", "target": "zh"})
+    assert mapped == {"source": "a", "target": "b"}
+
+
+def test_a_labelled_text_serves_as_text_and_a_text_has_no_class():
+    assert canonical_row({"text": "a", "label": "x"}, "text") == {"text": "a"}
+    with pytest.raises(BadRow, match="no label column"):
+        canonical_row({"text": "a"}, "classification")
+    with pytest.raises(BadRow, match="label is true"):
+        canonical_row({"text": "a", "label": True}, "classification")
+    with pytest.raises(BadRow, match="no target column"):
+        canonical_row({"source": "a"}, "pair")

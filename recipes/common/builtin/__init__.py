@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.common.builtin import pydocs, pydocs_qa, tasks
+from recipes.common.builtin import packages, pydocs, pydocs_qa, tasks
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Builtin:
     The seed sets order and wording, never the split. Another split's name is a UserError.
     """
 
-    kind: str  # text | conversation | preference
+    kind: str  # text | conversation | preference | classification | pair
     load: Callable[[str, int], list[dict[str, Any]]]
     description: str
 
@@ -30,5 +30,13 @@ BUILTINS: dict[str, Builtin] = {
     "tasks": Builtin("conversation", tasks.load, "questions with one right answer, English and Chinese, 12 families"),
     "tasks_preferences": Builtin(
         "preference", tasks.load_preferences, "4 to 6 ranked answers to the questions of tasks"
+    ),
+    "tasks_translation": Builtin("pair", tasks.load_translation, "the questions of tasks, English to Chinese"),
+    "pydocs_package": Builtin(
+        "classification", packages.load_package, "a docstring and which of 8 packages it is from"
+    ),
+    "pydocs_match": Builtin("classification", packages.load_match, "whether a docstring describes a function's code"),
+    "pydocs_summary": Builtin(
+        "pair", packages.load_summary, "a function's code and the first sentence of its docstring"
     ),
 }

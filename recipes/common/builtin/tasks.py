@@ -273,6 +273,30 @@ def load(split: str, seed: int) -> list[Row]:
     return rows
 
 
+TRANSLATION_SIZES = {"train": 20_000, "validation": 600, "test": 600}
+
+
+def load_translation(split: str, seed: int) -> list[Row]:
+    """Rows {"source": an English question, "target": the same question in Chinese, "task"}, split as `load`."""
+    check_split(split)
+    rng = random.Random(f"tasks_translation {split} {seed}")
+    families = list(FAMILIES)
+    rows = []
+    for i in range(TRANSLATION_SIZES[split]):
+        family = families[i % len(families)]
+        instance = draw(family, split, rng)
+        row = {"source": ask(instance, "en", rng), "target": say_in_chinese(instance), "task": family}
+        rows.append(row)
+    rng.shuffle(rows)
+    return rows
+
+
+def say_in_chinese(instance: Instance) -> str:
+    """The question in the first of its Chinese wordings: one right translation, so that a metric has one answer to look for."""
+    fields = {name: say(value, "zh") for name, value in instance.fields.items()}
+    return PROMPTS[instance.form]["zh"][0].format(**fields)
+
+
 # --------------------------------------------------------------------------------------------------- preferences
 
 

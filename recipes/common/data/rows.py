@@ -85,6 +85,8 @@ def arrow_types(kind: str) -> dict[str, pa.DataType]:
         "conversation": {"messages": messages},
         "preference": {"prompt": messages, "completions": pa.list_(pa.string()), "ranks": pa.list_(pa.int64())},
         "prompt": {"prompt": messages},
+        "classification": {"text": pa.string(), "text_pair": pa.string(), "label": pa.string()},
+        "pair": {"source": pa.string(), "target": pa.string()},
     }[kind]
 
 

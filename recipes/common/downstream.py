@@ -1,0 +1,147 @@
+"""What did pretraining buy? The same fine-tuning from pretrained and from random weights, scored on held-out rows.
+
+    bought = score(fine-tuned from pretrained) - score(fine-tuned from scratch)      same rows, steps, batches, rate, seed
+
+Fair means that nothing differs but the start. So the two share the order of the rows, and the seed of the dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import TrainingArguments
+
+
+@dataclass
+class Downstream:
+    """The fine-tuning that both starts get."""
+
+    data: str = "pydocs_package"  # labelled rows: a builtin name, a local file, or a hub id
+    labels: PositiveInt = 512  # training rows used: few, since that is where pretraining pays
+    steps: PositiveInt = 200
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-3
+    max_length: PositiveInt = 128  # tokens of a row
+    eval_rows: PositiveInt = 500  # held-out rows scored
+
+
+def load_rows(settings: Downstream, kind: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The training rows used and the held-out ones, canonical rows of `kind` ("classification" or "pair")."""
+    from recipes.common.data import load_data
+    from recipes.common.sections import Data
+
+    data = load_data(
+        Data(name=settings.data, max_samples=settings.labels, max_validation_samples=settings.eval_rows), kind
+    )
+    return data["train"].to_list(), data["validation"].to_list()
+
+
+def class_names(rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[str]:
+    """The classes of the training rows, sorted. Raises UserError if there is one alone, or the held-out rows have others."""
+    names = sorted({row["label"] for row in rows})
+    if len(names) < 2:
+        raise UserError(
+            f"downstream.labels: the {len(rows)} rows used have one class alone, {names[0]!r}: use more rows"
+        )
+    if unknown := sorted({row["label"] for row in held_out} - set(names)):
+        raise UserError(
+            f"downstream.labels: the held-out rows have {unknown[0]!r}, which none of the {len(rows)} training rows "
+            "used has: use more rows"
+        )
+    return names
+
+
+def fine_tune(
+    model: nn.Module,
+    rows: list[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    settings: Downstream,
+    args: TrainingArguments,
+    run: RunFolder,
+) -> list[float]:
+    """AdamW with a linear schedule and a tenth of warm-up, over the rows in an order that the seed gives. Gives the losses.
+
+    `collate(rows)` makes a batch that `model(**batch)` turns into an output with `.loss`. Precision and seed are those of
+    `args`, the pretraining's arguments.
+    """
+    import torch
+    from transformers import get_linear_schedule_with_warmup, set_seed
+
+    from recipes.common.training import stop_at_nan
+
+    set_seed(args.seed)
+    device = args.device
+    model.to(device).train()
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=True)
+    scheduler = get_linear_schedule_with_warmup(optimizer, max(1, settings.steps // 10), settings.steps)
+    order = torch.Generator().manual_seed(args.seed)
+    queue: list[int] = []
+    losses = []
+    for step in range(settings.steps):
+        while len(queue) < settings.batch_size:
+            queue += torch.randperm(len(rows), generator=order).tolist()
+        chosen, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+        batch = {name: value.to(device) for name, value in collate([rows[i] for i in chosen]).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            loss = model(**batch).loss
+        losses.append(loss.item())
+        stop_at_nan(losses[-1], step + 1, run)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def compare_starts(
+    pretrained: nn.Module,
+    fresh: nn.Module,
+    rows: list[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    settings: Downstream,
+    score: Callable[[nn.Module], dict[str, float]],
+    args: TrainingArguments,
+    run: RunFolder,
+    name: str,
+) -> dict[str, float]:
+    """Fine-tune both alike and score both: {"<name>_<figure>": from pretrained, "baseline_<name>_<figure>": from scratch}."""
+    figures: dict[str, float] = {}
+    for prefix, model in (("", pretrained), ("baseline_", fresh)):
+        losses = fine_tune(model, rows, collate, settings, args, run)
+        model.eval()
+        scored = score(model)
+        figures |= {f"{prefix}{name}_{figure}": value for figure, value in scored.items()}
+        start = "from scratch" if prefix else "pretrained"
+        shown = "  ".join(f"{figure} {value:.4g}" for figure, value in scored.items())
+        run.say(f"  {name}, {start}: loss {sum(losses[-10:]) / len(losses[-10:]):.3f}  held-out {shown}")
+    return figures
+
+
+def accuracy(
+    model: nn.Module,
+    rows: list[dict[str, Any]],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    bf16: bool,
+    batch_size: int = 64,
+) -> float:
+    """Share of rows whose class is the largest of the model's logits (rows, classes); `collate` gives `labels` beside them."""
+    import torch
+
+    right, device = 0, next(model.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for first in range(0, len(rows), batch_size):
+            batch = {name: value.to(device) for name, value in collate(rows[first : first + batch_size]).items()}
+            right += int((model(**batch).logits.argmax(dim=-1) == batch["labels"]).sum())
+    return right / len(rows)
