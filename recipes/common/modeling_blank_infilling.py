@@ -66,11 +66,15 @@ class BlankInfillingModel(GPT2LMHeadModel):
         ).last_hidden_state  # (batch, seq, hidden)
         if labels is None:
             return CausalLMOutput(logits=self.lm_head(hidden))  # (batch, seq, vocabulary)
-        predicts = labels != -100
-        logits = self.lm_head(hidden[predicts]).float()  # (targets, vocabulary): Part A predicts nothing
+        # only the positions that predict, filled up to a round number with the batch's first, which is Part A's and has
+        # label -100: tensors of many different sizes would fragment the memory
+        predicts = (labels.flatten() != -100).nonzero()[:, 0]
+        predicts = F.pad(predicts, (0, -len(predicts) % 256))
+        targets = labels.flatten()[predicts]
+        logits = self.lm_head(hidden.flatten(0, 1)[predicts]).float()  # (targets, vocabulary)
         if num_items_in_batch is None:
-            return CausalLMOutput(loss=F.cross_entropy(logits, labels[predicts]))
-        return CausalLMOutput(loss=F.cross_entropy(logits, labels[predicts], reduction="sum") / num_items_in_batch)
+            return CausalLMOutput(loss=F.cross_entropy(logits, targets))
+        return CausalLMOutput(loss=F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch)
 
     def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
         """The form that the attention kernel takes: sdpa a truth value, plain products something to add."""

@@ -1,0 +1,321 @@
+"""UniLM: pretrain one Transformer under four attention masks, so that it both understands and writes.
+
+    left to right      right to left      bidirectional      sequence to sequence
+    x . . .            x x x x            x x x x            x x . .      a row looks at its x's
+    x x . .            . x x x            x x x x            x x . .
+    x x x .            . . x x            x x x x            x x x .
+    x x x x            . . . x            x x x x            x x x x
+    1/6                1/6                1/3                1/3          of the samples
+
+    loss = - mean over the masked tokens of log p(token | what its position may look at)  [+ next sentence, bidirectional]
+
+15 % of the tokens are masked: one at a time, or (20 %) two or three in a row; 80 % become [MASK], 10 % a random token,
+10 % stay. Segment ids tell the model which mask it is under. Afterwards the bidirectional mask serves to classify, and
+the sequence-to-sequence one to write: a [MASK] is put after what is written, and what it predicts takes its place.
+
+The model is BERT: what is saved loads with AutoModelForPreTraining or AutoModelForMaskedLM. The masks are in
+recipes/common/prefix_masks.py, and are passed as a 4-D attention_mask.
+
+Dong et al. 2019, https://arxiv.org/abs/1905.03197
+
+    make unilm                                        # laptop, offline, minutes
+    make unilm CONFIG=gpu                             # one GPU, a public corpus
+    make unilm CONFIG=cluster LAUNCH=ddp NPROC=8      # a node; scripts/ has SLURM
+
+Laptop result: RESULTS.md#unilm.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from recipes.common.chat import encode_plain
+from recipes.common.config import Section
+from recipes.common.downstream import Downstream
+from recipes.common.errors import UserError
+from recipes.common.recipe import run_recipe
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+    from torch import Tensor
+
+    from recipes.common.prefix_masks import Marks
+
+
+@dataclass
+class Unilm:
+    """Knobs of the objective; the architecture's are in model.config."""
+
+    block_length: PositiveInt = 509  # tokens of text in an input; with [SOS] and two [EOS] 512, section 2.4
+    mask_rate: OpenUnitInterval = 0.15  # share of the tokens that is masked; section 2.4
+    longer: OpenUnitInterval = 0.2  # share of the maskings that are a bigram or a trigram; section 2.4
+    answer_mask_rate: OpenUnitInterval = 0.7  # share of a target's tokens masked in fine-tuning; section 3.1
+    optimizer: Literal["muon", "adamw"] = (
+        "muon"  # muon: hidden matrices by Muon, the rest by AdamW; the paper's is adamw
+    )
+    muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
+    longest_answer: PositiveInt = 32  # tokens written
+    written: PositiveInt = 100  # held-out sources that an answer is written for
+
+
+@dataclass
+class Config:
+    """Sections of this recipe."""
+
+    model: Model
+    data: Data
+    unilm: Unilm
+    classification: Downstream
+    generation: Downstream
+    training: Section[transformers.TrainingArguments]
+    run: Run
+
+
+# ------------------------------------------------------------------------------------- what pretraining bought
+
+
+def classifier(model: Any, classes: int) -> torch.nn.Module:
+    """softmax(h W), h the last hidden state of [SOS] (section 2.5), under the bidirectional mask."""
+    import torch
+    from torch.nn import functional as F
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    from recipes.common.prefix_masks import encode
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.head = torch.nn.Linear(model.config.hidden_size, classes)
+            torch.nn.init.normal_(self.head.weight, std=model.config.initializer_range)
+            torch.nn.init.zeros_(self.head.bias)
+
+        def forward(self, labels: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
+            """labels: (batch,) classes."""
+            logits = self.head(encode(self.model, **inputs)[:, 0]).float()  # (batch, classes)
+            return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+    return Classifier()
+
+
+def compare_classification(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+) -> dict[str, float]:
+    """Accuracy of the classifier on held-out rows, from both starts."""
+    import torch
+
+    from recipes.common.downstream import accuracy, class_names, compare_starts, load_rows
+    from recipes.common.prefix_masks import BIDIRECTIONAL, Sample, batch_of
+
+    settings, training = config.classification, config.training
+    rows, test = load_rows(settings, "classification")
+    names = class_names(rows, test)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        samples = []
+        for row in rows:
+            texts = encode_plain(tokenizer, [part for part in (row["text"], row["text_pair"]) if part is not None])
+            room = (settings.max_length - 1 - len(texts)) // len(texts)
+            segments = [[*ids[:room], marks.end] for ids in texts]
+            tokens = [marks.start, *(token for segment in segments for token in segment)]
+            samples.append(Sample(tokens, [-100] * len(tokens), 1 + len(segments[0]), BIDIRECTIONAL))
+        return {**batch_of(samples, marks), "labels": torch.tensor([names.index(row["label"]) for row in rows])}
+
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        return {"accuracy": accuracy(model, test, collate, training.bf16)}
+
+    starts = []
+    for start in (pretrained, fresh):
+        torch.manual_seed(training.seed)  # the new layer is the same in both
+        starts.append(classifier(start, len(names)))
+    return compare_starts(*starts, rows, collate, settings, score, training, run, "classification")
+
+
+def compare_generation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+) -> dict[str, float]:
+    """Loss of the masked tokens of held-out targets, and the words that written ones share with them, from both starts."""
+    from recipes.common.downstream import compare_starts, load_rows
+    from recipes.common.draws import generator, mean_loss, word_overlap
+    from recipes.common.prefix_masks import answer_sample, batch_of, train_on_cloze, write
+
+    settings, training, unilm = config.generation, config.training, config.unilm
+    rows, test = load_rows(settings, "pair")
+    shown = test[: unilm.written]
+    names = iter(("pretrained", "from-scratch"))
+    steps = itertools.cycle(range(settings.steps))  # the second start gets the first one's masks
+
+    def batch(rows: list[dict[str, Any]], seed: int, draw: int) -> dict[str, Tensor]:
+        rng = generator(seed, draw)
+        sides = [encode_plain(tokenizer, [row[side] for row in rows]) for side in ("source", "target")]
+        both = zip(*sides, strict=True)
+        return batch_of(
+            [answer_sample(s, t, marks, rng, settings.max_length, unilm.answer_mask_rate) for s, t in both], marks
+        )
+
+    def score(model: Any) -> dict[str, float]:
+        batches = [batch(test[i : i + 32], 0, i) for i in range(0, len(test), 32)]
+        room = settings.max_length - unilm.longest_answer - 3
+        sources = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
+        texts = [tokenizer.decode(ids) for ids in write(model, sources, marks, unilm.longest_answer, training.bf16)]
+        lines = [f"{r['source']}\n  wanted: {r['target']}\n  wrote:  {t}" for r, t in zip(shown, texts, strict=True)]
+        run.sample(f"answers-{next(names)}.txt", "\n\n".join(lines))
+        overlap = word_overlap(texts, [row["target"] for row in shown])
+        return {"loss": mean_loss(model, batches, training), "overlap": overlap}
+
+    for start in (pretrained, fresh):
+        train_on_cloze(start)
+    return compare_starts(
+        pretrained, fresh, rows, lambda rows: batch(rows, training.seed, next(steps)), settings, score, training, run,
+        "generation",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- the story
+
+
+def check(config: Config) -> None:
+    """Raise UserError, before any long work, for what cannot be trained so."""
+    from recipes.common.optimizers import refuse_muon_on_shards
+    from recipes.common.prefix_masks import SEGMENTS
+
+    if config.unilm.optimizer == "muon":
+        refuse_muon_on_shards(config.training)
+    problems = []
+    fields = config.model.config or {"model_type": "bert", "type_vocab_size": 6}
+    if fields.get("model_type") != "bert":
+        problems.append(
+            f"model.config.model_type: {fields.get('model_type')}: UniLM is a BERT under other masks: set bert"
+        )
+    segments = max(max(pair) for pair in SEGMENTS) + 1
+    if fields.get("type_vocab_size", 2) < segments:
+        problems.append(
+            f"model.config.type_vocab_size: {fields.get('type_vocab_size', 2)}: the four masks need {segments} segment ids"
+        )
+    positions = fields.get("max_position_embeddings", 512)
+    for name, length in (
+        ("unilm.block_length: with [SOS] and two [EOS]", config.unilm.block_length + 3),
+        ("classification.max_length:", config.classification.max_length),
+        ("generation.max_length:", config.generation.max_length),
+    ):
+        if length > positions:
+            problems.append(f"{name} {length} tokens are above model.config.max_position_embeddings, {positions}")
+    if config.training.per_device_train_batch_size < 2:
+        problems.append(
+            "training.per_device_train_batch_size: the wrong next segment is another sample's of the batch: use 2 at least"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def main(config: Config, run: RunFolder) -> dict[str, Any]:
+    """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
+    from transformers import AutoModelForPreTraining, Trainer, set_seed
+
+    from recipes.common.data import load_data
+    from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
+    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.packing import pack_texts
+    from recipes.common.prefix_masks import (
+        BIDIRECTIONAL,
+        KINDS,
+        add_marks,
+        batch_of,
+        pretraining_sample,
+        train_on_cloze,
+    )
+    from recipes.common.preflight import preflight
+    from recipes.common.training import fit, total_steps
+
+    unilm, training = config.unilm, config.training
+    check(config)
+    tokenizer = load_tokenizer(config.model, run)
+    marks = add_marks(tokenizer)
+    model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
+    train_on_cloze(model)
+
+    data = load_data(config.data, "text")
+    blocks = pack_texts(data["train"], tokenizer, unilm.block_length)
+    held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
+
+    def corrupt(texts: list[list[int]], draws: list[int], seed: int, kind: int | None = None) -> dict[str, Tensor]:
+        others = [*texts[1:], texts[0]]  # where the wrong next segments come from
+        samples = [
+            pretraining_sample(text, other, marks, generator(seed, draw), unilm.mask_rate, unilm.longer, kind)
+            for text, other, draw in zip(texts, others, draws, strict=True)
+        ]
+        return batch_of(samples, marks)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return corrupt([row["input_ids"] for row in rows], [row["draw"] for row in rows], training.seed)
+
+    def held_out_batches(kind: int | None = None, blocks: int | None = None) -> list[dict[str, Tensor]]:
+        texts = held_out[:blocks]
+        starts = range(0, len(texts), 32)
+        return [corrupt(texts[i : i + 32], list(range(i, i + len(texts[i : i + 32]))), 0, kind) for i in starts]
+
+    def cloze_alone(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        return [{name: value for name, value in batch.items() if name != "is_next"} for batch in batches]
+
+    optimizer = muon_with_adamw(model, training, unilm.muon_learning_rate) if unilm.optimizer == "muon" else None
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=numbered(blocks, training),
+        data_collator=collate,
+        optimizers=(optimizer, None),
+    )
+    batches = iter(trainer.get_train_dataloader())
+    seen = [next(batches)]
+    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
+    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
+    scored = cloze_alone(held_out_batches())
+    figures = {
+        "unigram_loss": unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer)),
+        "untrained_loss": mean_loss(model, scored, training),
+    }
+    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    run.save_model(model, tokenizer)
+    run.plot_curve("loss", "loss")
+    figures["eval_loss"] = mean_loss(model, scored, training)
+    for kind, name in enumerate(KINDS):
+        figures[f"eval_loss_{name}"] = mean_loss(model, cloze_alone(held_out_batches(kind, 200)), training)
+    figures["next_sentence_accuracy"] = next_sentence_accuracy(model, held_out_batches(BIDIRECTIONAL), training)
+
+    def starts() -> tuple[Any, Any]:
+        """The pretrained weights, and random ones."""
+        set_seed(training.seed)
+        fresh, trained = type(model)(model.config), type(model)(model.config)
+        trained.load_state_dict(model.state_dict())
+        return trained, fresh
+
+    figures |= compare_classification(config, run, tokenizer, marks, *starts())
+    figures |= compare_generation(config, run, tokenizer, marks, *starts())
+    return figures
+
+
+def next_sentence_accuracy(model: Any, batches: list[dict[str, Tensor]], args: transformers.TrainingArguments) -> float:
+    """Share of the bidirectional samples in which the model tells whether the second segment follows the first."""
+    import torch
+
+    from recipes.common.prefix_masks import encode
+
+    right, asked = 0, 0
+    model.eval()
+    with torch.inference_mode(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        for batch in batches:
+            here = {name: value.to(args.device) for name, value in batch.items()}
+            guess = model.cls.seq_relationship(model.bert.pooler(encode(model, **here))).argmax(-1)  # (batch,)
+            right += int((guess == here["is_next"]).sum())
+            asked += len(guess)
+    return right / asked
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)

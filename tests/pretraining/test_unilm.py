@@ -1,0 +1,154 @@
+"""UniLM, run in this process on a text of a few kilobytes: it learns, it is saved as a plain BERT, it resumes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_chat import command_line, make_tokenizer
+
+from recipes.common.prefix_masks import LEFT_TO_RIGHT, add_marks, batch_of, encode, pretraining_sample
+from recipes.common.run_folder import RunFolder
+from recipes.pretraining import unilm
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes, text.txt, labelled rows and pairs, all of one small grammar."""
+    folder = tmp_path_factory.mktemp("sources")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    nouns, verbs = ("cat", "dog", "owl", "fox"), ("sat", "ran", "hid", "lay")
+    lines = [f"the {a} {verb} by the {b} again and again." for a, verb, b in itertools.product(nouns, verbs, nouns)]
+    (folder / "text.txt").write_text("\n".join(lines * 4) + "\n")
+    for name, rows in (
+        ("classes", [{"text": f"the {n} {v} by", "label": n} for n in nouns for v in verbs]),
+        ("pairs", [{"source": f"the {n} {v}", "target": f"{v} {n}"} for n in nouns for v in verbs]),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    return folder
+
+
+def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
+    """A command line: hidden 32, 2 layers, blocks of 45 bytes."""
+    model = {
+        "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "max_position_embeddings": 48, "type_vocab_size": 6, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    values = {
+        "model.tokenizer": sources / "tokenizer",
+        "model.config": json.dumps(model),
+        "data.name": sources / "text.txt",
+        "data.validation_fraction": 0.1,
+        "unilm.block_length": 45,
+        "unilm.longest_answer": 6,
+        "unilm.written": 4,
+        "classification.data": sources / "classes.jsonl",
+        "generation.data": sources / "pairs.jsonl",
+        **{f"{task}.{key}": value for task in ("classification", "generation")
+           for key, value in (("steps", 3), ("max_length", 40), ("eval_rows", 8))},
+        "training.max_steps": 60,
+        "training.per_device_train_batch_size": 16,
+        "training.learning_rate": 1e-2,
+        "training.lr_scheduler_type": "linear",
+        "training.lr_scheduler_kwargs": "{}",
+        "training.warmup_steps": 2,
+        "training.save_steps": 30,
+        "training.bf16": "false",
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }  # fmt: skip
+    return [*command_line(values), *more]
+
+
+def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    done = run_in_process(unilm, tiny(sources), tmp_path)
+    assert done.code == 0, done.err
+    figures = done.figures
+    assert figures["untrained_loss"] == pytest.approx(math.log(264), rel=0.1)  # it starts as a uniform guess
+    assert figures["eval_loss"] < figures["unigram_loss"] < figures["untrained_loss"]
+    assert {
+        "eval_loss_left_to_right", "eval_loss_right_to_left", "eval_loss_bidirectional", "eval_loss_sequence_to_sequence",
+        "next_sentence_accuracy", "classification_accuracy", "baseline_classification_accuracy", "generation_loss",
+        "baseline_generation_loss", "generation_overlap", "baseline_generation_overlap", "tokens_per_second",
+    } <= figures.keys()  # fmt: skip
+    for name in ("README.md", "plots/loss.png", "samples/answers-pretrained.txt", "samples/answers-from-scratch.txt"):
+        assert (done.folder / name).stat().st_size > 0, name
+
+    from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(done.folder / "model")
+    size = len(tokenizer)
+    marks = add_marks(tokenizer)
+    assert len(tokenizer) == size  # the saved tokenizer has the marks already
+    whole, cloze = (
+        c.from_pretrained(done.folder / "model").eval() for c in (AutoModelForPreTraining, AutoModelForMaskedLM)
+    )
+    ids = tokenizer("the cat sat by the dog", add_special_tokens=False)["input_ids"]
+    sample = pretraining_sample(ids, ids, marks, np.random.default_rng(0), kind=LEFT_TO_RIGHT)
+    batch = batch_of([sample], marks)
+    with torch.no_grad():
+        states = [encode(model, **batch) for model in (whole, cloze)]
+        assert torch.equal(*states)
+        assert torch.equal(whole.cls.predictions(states[0]), cloze.cls.predictions(states[1]))
+        batch["input_ids"][0, 9] += 1
+        assert torch.equal(encode(whole, **batch)[0, :9], states[0][0, :9])  # the trained model sees no later token
+        assert not torch.equal(encode(whole, **batch)[0, 9], states[0][0, 9])
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(
+    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks, the maskings and the wrong next segments too are those of the run that was not stopped."""
+    options = {"training__max_steps": 12, "training__save_steps": 5}
+    whole = run_in_process(unilm, tiny(sources, "--run.name", "whole", **options), tmp_path)
+    assert whole.code == 0, whole.err
+
+    plain = RunFolder.log
+
+    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
+        plain(self, step, **figures)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "log", log_and_stop)
+        assert run_in_process(unilm, tiny(sources, "--run.name", "parts", **options), tmp_path).code == 130
+    resumed = run_in_process(unilm, tiny(sources, "--run.name", "parts", "--run.resume", "true", **options), tmp_path)
+    assert resumed.code == 0, resumed.err
+    losses = [[row["loss"] for row in run.history()] for run in (whole, resumed)]
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"unilm__mask_rate": 0.0}, "mask_rate"),
+        ({"unilm__mask_rate": 1.0}, "mask_rate"),
+        ({"unilm__block_length": 46}, "unilm.block_length"),
+        ({"generation__max_length": 49}, "generation.max_length"),
+        ({"training__per_device_train_batch_size": 1}, "per_device_train_batch_size"),
+        ({"model__config": '{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}'}, "type_vocab_size"),
+        ({"model__config": '{"model_type": "gpt2", "type_vocab_size": 6}'}, "model_type"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    run_in_process: Any, sources: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    done = run_in_process(unilm, tiny(sources, **changes), tmp_path)
+    assert done.code == 2
+    assert said in done.err and "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_trains_nothing(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    done = run_in_process(unilm, tiny(sources, "--dry-run"), tmp_path)
+    assert done.code == 0, done.err
+    assert "dry run" in done.out and not list(tmp_path.iterdir())
