@@ -69,8 +69,8 @@ def add_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     tokenizer.add_tokens([AddedToken(name, special=True) for name in (START_TOKEN, STOP_TOKEN)], special_tokens=True)
-    ids = [tokenizer.mask_token_id, *tokenizer.convert_tokens_to_ids([START_TOKEN, STOP_TOKEN]), tokenizer.pad_token_id]
-    return Marks(*ids)
+    ids = tokenizer.get_vocab()
+    return Marks(tokenizer.mask_token_id, ids[START_TOKEN], ids[STOP_TOKEN], tokenizer.pad_token_id)
 
 
 # ------------------------------------------------------------------------------------------------------ which spans
@@ -98,7 +98,7 @@ def token_spans(length: int, rate: float, mean: float, rng: np.random.Generator)
 
 def sentence_marks(tokenizer: PreTrainedTokenizerBase) -> SentenceMarks:
     """Look at the text of every token once."""
-    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    texts = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
     sure, likely = re.compile("[。！？]$|\n"), re.compile("[.!?]$")
     ends = [2 if sure.search(text) else int(bool(likely.search(text))) for text in texts]
     ends[tokenizer.eos_token_id] = 2

@@ -21,6 +21,8 @@ trust_remote_code=True)` runs that copy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +42,7 @@ class BlankInfillingModel(GPT2LMHeadModel):
     config_class = BlankInfillingConfig
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, so that accumulation weighs each token alike
 
-    def __init__(self, config: BlankInfillingConfig):
+    def __init__(self, config: GPT2Config):
         super().__init__(config)
         self.span_positions = nn.Embedding(config.n_positions, config.n_embd)  # 0 in Part A, from 1 in a span
         self.post_init()
@@ -72,9 +74,8 @@ class BlankInfillingModel(GPT2LMHeadModel):
         predicts = F.pad(predicts, (0, -len(predicts) % 256))
         targets = labels.flatten()[predicts]
         logits = self.lm_head(hidden.flatten(0, 1)[predicts]).float()  # (targets, vocabulary)
-        if num_items_in_batch is None:
-            return CausalLMOutput(loss=F.cross_entropy(logits, targets))
-        return CausalLMOutput(loss=F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch)
+        loss: Any = F.cross_entropy(logits, targets, reduction="mean" if num_items_in_batch is None else "sum")
+        return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch)
 
     def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
         """The form that the attention kernel takes: sdpa a truth value, plain products something to add."""

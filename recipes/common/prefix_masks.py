@@ -20,7 +20,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LEFT_TO_RIGHT, RIGHT_TO_LEFT, BIDIRECTIONAL, SEQUENCE_TO_SEQUENCE = range(4)
 KINDS = ("left_to_right", "right_to_left", "bidirectional", "sequence_to_sequence")
@@ -214,7 +214,7 @@ def batch_of(samples: Sequence[Sample], marks: Marks) -> dict[str, Tensor]:
 
 
 def write(
-    model: PreTrainedModel, sources: Sequence[Sequence[int]], marks: Marks, tokens: int, bf16: bool = False
+    model: Any, sources: Sequence[Sequence[int]], marks: Marks, tokens: int, bf16: bool = False
 ) -> list[list[int]]:
     """Greedy (section 2.5): a [MASK] is appended, what it predicts takes its place, until [EOS] or `tokens` of them."""
     import torch
@@ -246,7 +246,7 @@ def write(
 
 
 def encode(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: Tensor,
     token_type_ids: Tensor,
     kind: Tensor,
@@ -260,7 +260,7 @@ def encode(
     return model.bert(input_ids=input_ids, token_type_ids=token_type_ids, attention_mask=bias).last_hidden_state
 
 
-def cloze_loss(model: PreTrainedModel, labels: Tensor, is_next: Tensor | None = None, **inputs: Tensor) -> Tensor:
+def cloze_loss(model: Any, labels: Tensor, is_next: Tensor | None = None, **inputs: Tensor) -> Tensor:
     """Cross-entropy of the masked tokens, plus that of the next-sentence question in the rows that are asked it.
 
     labels: (batch, seq), -100 where nothing is masked; is_next: (batch,), -100 where it is not asked.
@@ -285,7 +285,8 @@ def train_on_cloze(model: Any) -> None:
     from transformers.modeling_outputs import MaskedLMOutput
 
     def forward(labels: Tensor, is_next: Tensor | None = None, **inputs: Tensor) -> Any:
-        return MaskedLMOutput(loss=cloze_loss(model, labels, is_next, **inputs))
+        loss: Any = cloze_loss(model, labels, is_next, **inputs)
+        return MaskedLMOutput(loss=loss)
 
     model.forward = forward
     model.accepts_loss_kwargs = False  # a micro-batch's mean, not a sum over all: the Trainer divides

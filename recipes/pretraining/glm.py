@@ -126,7 +126,8 @@ def cloze_classifier(model: BlankInfillingModel, verbalizer: list[int]) -> torch
             logits = self.model(context_length=context_length, **inputs).logits  # (batch, seq, vocabulary)
             at_start = logits[torch.arange(len(logits), device=logits.device), context_length]  # (batch, vocabulary)
             scores = at_start[:, self.verbalizer].float()  # (batch, classes)
-            return SequenceClassifierOutput(loss=F.cross_entropy(scores, labels), logits=scores)
+            loss: Any = F.cross_entropy(scores, labels)
+            return SequenceClassifierOutput(loss=loss, logits=scores)
 
     return Cloze()
 
@@ -157,7 +158,7 @@ def compare_classification(
         return {"accuracy": accuracy(model, test, collate, training.bf16)}
 
     starts = [cloze_classifier(start, verbalizer) for start in (pretrained, fresh)]
-    return compare_starts(*starts, rows, collate, settings, score, training, run, "classification")
+    return compare_starts(starts[0], starts[1], rows, collate, settings, score, training, run, "classification")
 
 
 def compare_generation(
@@ -174,8 +175,8 @@ def compare_generation(
     names = iter(("pretrained", "from-scratch"))
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sides = [encode_plain(tokenizer, [row[side] for row in rows]) for side in ("source", "target")]
-        return answer_batch(*sides, marks, settings.max_length)
+        sources, targets = (encode_plain(tokenizer, [row[side] for row in rows]) for side in ("source", "target"))
+        return answer_batch(sources, targets, marks, settings.max_length)
 
     def score(model: Any) -> dict[str, float]:
         batches = [collate(test[i : i + 32]) for i in range(0, len(test), 32)]
@@ -195,28 +196,36 @@ def compare_generation(
 # -------------------------------------------------------------------------------------------------------- the story
 
 
-def check(config: Config) -> None:
+def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from recipes.common.blank_infilling import check_mix
+    from recipes.common.modeling_blank_infilling import BlankInfillingModel
     from recipes.common.optimizers import refuse_muon_on_shards
 
-    check_mix(config.glm.mix)
-    if config.glm.optimizer == "muon":
+    glm = config.glm
+    if glm.optimizer == "muon":
         refuse_muon_on_shards(config.training)
+    if not isinstance(model, BlankInfillingModel):
+        raise UserError(
+            "model: a GLM is model.config with model_type: blank_infilling, or model.name of one saved here"
+        )
+    check_mix(glm.mix)
     problems = []
-    positions = (config.model.config or {}).get("n_positions")
-    if positions is not None and config.glm.block_length + 2 > positions:
+    positions = model.config.n_positions
+    if glm.block_length + 2 > positions:
         problems.append(
-            f"glm.block_length: a text of {config.glm.block_length} tokens needs {config.glm.block_length + 2} positions (a "
-            f"span may be all of it, with its start and stop), but model.config.n_positions is {positions}"
+            f"glm.block_length: a text of {glm.block_length} tokens needs {glm.block_length + 2} positions (a span may be "
+            f"all of it, with its start and stop), but the model has {positions} (model.config.n_positions)"
         )
     for name, section in (("classification", config.classification), ("generation", config.generation)):
-        if positions is not None and section.max_length > positions:
-            problems.append(f"{name}.max_length: {section.max_length} is above model.config.n_positions, {positions}")
-    if config.glm.cloze.count("{mask}") != 1:
+        if section.max_length > positions:
+            problems.append(f"{name}.max_length: {section.max_length} is above the model's {positions} positions")
+    if glm.longest_answer > config.generation.max_length // 2:
         problems.append(
-            f"glm.cloze: {config.glm.cloze!r} must hold {{mask}} once: the blank that the class is read from"
+            f"glm.longest_answer: {glm.longest_answer} is above half of generation.max_length, {config.generation.max_length}"
         )
+    if glm.cloze.count("{mask}") != 1:
+        problems.append(f"glm.cloze: {glm.cloze!r} must hold {{mask}} once: the blank that the class is read from")
     if problems:
         raise UserError(problems)
 
@@ -225,7 +234,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
     from transformers import Trainer, set_seed
 
-    from recipes.common import modeling_blank_infilling
+    from recipes.common import modeling_blank_infilling  # noqa: F401  registers the model's type
     from recipes.common.blank_infilling import OBJECTIVES, Corrupter, add_marks, batch_of, sentence_marks
     from recipes.common.data import load_data
     from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
@@ -236,14 +245,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.training import fit, total_steps
 
     glm, training = config.glm, config.training
-    check(config)
     tokenizer = load_tokenizer(config.model, run)
     marks = add_marks(tokenizer)
     model: Any = load_model(config.model, tokenizer, run)
-    if not isinstance(model, modeling_blank_infilling.BlankInfillingModel):
-        raise UserError(
-            "model: a GLM is model.config with model_type: blank_infilling, or model.name of one saved here"
-        )
+    check(config, model)
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, glm.block_length)

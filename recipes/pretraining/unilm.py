@@ -98,7 +98,8 @@ def classifier(model: Any, classes: int) -> torch.nn.Module:
         def forward(self, labels: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
             """labels: (batch,) classes."""
             logits = self.head(encode(self.model, **inputs)[:, 0]).float()  # (batch, classes)
-            return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+            loss: Any = F.cross_entropy(logits, labels)
+            return SequenceClassifierOutput(loss=loss, logits=logits)
 
     return Classifier()
 
@@ -133,7 +134,7 @@ def compare_classification(
     for start in (pretrained, fresh):
         torch.manual_seed(training.seed)  # the new layer is the same in both
         starts.append(classifier(start, len(names)))
-    return compare_starts(*starts, rows, collate, settings, score, training, run, "classification")
+    return compare_starts(starts[0], starts[1], rows, collate, settings, score, training, run, "classification")
 
 
 def compare_generation(
@@ -179,32 +180,43 @@ def compare_generation(
 # -------------------------------------------------------------------------------------------------------- the story
 
 
-def check(config: Config) -> None:
+def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
+    from transformers import BertForPreTraining
+
     from recipes.common.optimizers import refuse_muon_on_shards
     from recipes.common.prefix_masks import SEGMENTS
 
-    if config.unilm.optimizer == "muon":
+    unilm = config.unilm
+    if unilm.optimizer == "muon":
         refuse_muon_on_shards(config.training)
+    if not isinstance(model, BertForPreTraining):
+        raise UserError(f"model: UniLM is a BERT under four masks, not a {type(model).__name__}: set model_type: bert")
     problems = []
-    fields = config.model.config or {"model_type": "bert", "type_vocab_size": 6}
-    if fields.get("model_type") != "bert":
-        problems.append(
-            f"model.config.model_type: {fields.get('model_type')}: UniLM is a BERT under other masks: set bert"
-        )
     segments = max(max(pair) for pair in SEGMENTS) + 1
-    if fields.get("type_vocab_size", 2) < segments:
+    if model.config.type_vocab_size < segments:
         problems.append(
-            f"model.config.type_vocab_size: {fields.get('type_vocab_size', 2)}: the four masks need {segments} segment ids"
+            f"model.config.type_vocab_size: {model.config.type_vocab_size}: the four masks need {segments} segment ids"
         )
-    positions = fields.get("max_position_embeddings", 512)
     for name, length in (
-        ("unilm.block_length: with [SOS] and two [EOS]", config.unilm.block_length + 3),
+        ("unilm.block_length: with [SOS] and two [EOS]", unilm.block_length + 3),
         ("classification.max_length:", config.classification.max_length),
         ("generation.max_length:", config.generation.max_length),
     ):
-        if length > positions:
-            problems.append(f"{name} {length} tokens are above model.config.max_position_embeddings, {positions}")
+        if length > model.config.max_position_embeddings:
+            problems.append(
+                f"{name} {length} tokens are above model.config.max_position_embeddings, "
+                f"{model.config.max_position_embeddings}"
+            )
+    if unilm.block_length < 8:
+        problems.append(
+            f"unilm.block_length: {unilm.block_length} tokens are too short for two segments: use 8 at least"
+        )
+    if unilm.longest_answer > config.generation.max_length // 2:
+        problems.append(
+            f"unilm.longest_answer: {unilm.longest_answer} is above half of generation.max_length, "
+            f"{config.generation.max_length}"
+        )
     if config.training.per_device_train_batch_size < 2:
         problems.append(
             "training.per_device_train_batch_size: the wrong next segment is another sample's of the batch: use 2 at least"
@@ -234,10 +246,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.training import fit, total_steps
 
     unilm, training = config.unilm, config.training
-    check(config)
     tokenizer = load_tokenizer(config.model, run)
     marks = add_marks(tokenizer)
     model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
+    check(config, model)
     train_on_cloze(model)
 
     data = load_data(config.data, "text")

@@ -139,6 +139,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         ({"glm__block_length": 63}, "glm.block_length"),
         ({"classification__max_length": 65}, "classification.max_length"),
         ({"glm__cloze": "import"}, "glm.cloze"),
+        ({"glm__longest_answer": 25}, "glm.longest_answer"),
         ({"glm__mask_rate": 1.0}, "mask_rate"),
         ({"glm__mask_rate": 0.0}, "mask_rate"),
         ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "blank_infilling"),

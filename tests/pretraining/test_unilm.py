@@ -135,8 +135,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         ({"unilm__block_length": 46}, "unilm.block_length"),
         ({"generation__max_length": 49}, "generation.max_length"),
         ({"training__per_device_train_batch_size": 1}, "per_device_train_batch_size"),
+        ({"unilm__longest_answer": 21}, "longest_answer"),
+        ({"unilm__block_length": 7}, "block_length"),
         ({"model__config": '{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}'}, "type_vocab_size"),
-        ({"model__config": '{"model_type": "gpt2", "type_vocab_size": 6}'}, "model_type"),
+        ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "model_type"),
     ],
 )
 def test_bad_input_is_one_clear_error(
