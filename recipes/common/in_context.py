@@ -1,0 +1,120 @@
+"""In-context learning: a task told by examples in the prompt, with no gradient step (Brown et al. 2020, section 2.4).
+
+    Text: <example 1>        the K examples are drawn at random from the training rows
+    Answer: <its class>
+    ...
+    Text: <the question>
+    Answer:                  ->  the class c with the largest  log p(c | prompt) - log p(c | "Answer:")
+
+The second term is the paper's normalisation by how likely a class is without any question.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.common.chat import encode_plain
+from recipes.common.downstream import Downstream, class_names, load_rows
+from recipes.common.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+ANSWER = "\nAnswer:"
+
+
+def prompt(
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], question: dict[str, Any], room: int
+) -> list[int]:
+    """Ids of the examples with their answers and the question without; each text is cut so that all fit in `room` tokens."""
+    shown = [*examples, question]
+
+    def encode(*texts: str) -> list[list[int]]:
+        return encode_plain(tokenizer, list(texts))
+
+    start, answer, end = encode("Text: ", ANSWER, "\n\n")
+    labels = encode(*(f" {row['label']}" for row in examples)) if examples else []
+    fixed = len(shown) * (len(start) + len(answer)) + sum(map(len, labels)) + len(examples) * len(end)
+    each = max(1, (room - fixed) // len(shown))
+    ids: list[int] = []
+    for row, label in zip(shown, [*labels, None], strict=True):
+        words = row["text"] if row.get("text_pair") is None else f"{row['text']}\n{row['text_pair']}"
+        ids += [*start, *encode(words)[0][:each], *answer]
+        if label is not None:
+            ids += [*label, *end]
+    return ids
+
+
+def log_likelihoods(model: PreTrainedModel, context: list[int], endings: list[list[int]], bf16: bool) -> Tensor:
+    """log p(ending | context) of each ending, the sum over its tokens: (endings,)."""
+    longest = max(map(len, endings))
+    ids = torch.zeros(len(endings), len(context) + longest, dtype=torch.long)
+    for row, ending in enumerate(endings):
+        ids[row, : len(context) + len(ending)] = torch.tensor([*context, *ending])
+    device = model.device
+    real = torch.arange(longest)[None] < torch.tensor([len(ending) for ending in endings])[:, None]
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        mask = torch.cat([torch.ones(len(endings), len(context), dtype=torch.long), real.long()], dim=1).to(device)
+        hidden = model.base_model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        logits = head(hidden[:, len(context) - 1 : -1])  # (endings, longest, vocabulary): these predict the endings
+    words = logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(context) :, None].to(device))[..., 0]
+    return (words.cpu() * real).sum(dim=1)
+
+
+def in_context_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: list[dict[str, Any]],
+    questions: list[dict[str, Any]],
+    shots: int,
+    length: int,
+    bf16: bool,
+    seed: int = 0,
+) -> float:
+    """Share of the questions whose class is the likeliest after `shots` examples drawn from `pool`; prompts of `length` tokens."""
+    names = sorted({row["label"] for row in pool})
+    endings = encode_plain(tokenizer, [f" {name}" for name in names])
+    alone = log_likelihoods(model, encode_plain(tokenizer, [ANSWER])[0], endings, bf16)
+    rng = np.random.default_rng(seed)
+    room = length - max(map(len, endings))
+    right = 0
+    for question in questions:
+        examples = [pool[i] for i in rng.choice(len(pool), shots, replace=False)]
+        likely = log_likelihoods(model, prompt(tokenizer, examples, question, room), endings, bf16) - alone
+        right += names[int(likely.argmax())] == question["label"]
+    return right / len(questions)
+
+
+def load_questions(settings: Downstream) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows that examples are drawn from and the held-out questions. Raises UserError for rows that do not fit."""
+    pool, questions = load_rows(settings, "classification")
+    class_names(pool, questions)
+    return pool, questions
+
+
+def ask_in_context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    shots: tuple[int, ...],
+    length: int,
+    args: TrainingArguments,
+    run: RunFolder,
+) -> dict[str, float]:
+    """Accuracy on the held-out rows with each number of examples in the prompt, and of the most common class."""
+    pool, questions = rows
+    figures = {}
+    model.eval()
+    for count in shots:
+        scored = in_context_accuracy(model, tokenizer, pool, questions, count, length, args.bf16, args.seed)
+        figures[f"in_context_accuracy_{count}_shot"] = scored
+        run.say(f"  {count} examples in the prompt: accuracy {scored:.3f}")
+    shown = prompt(tokenizer, pool[: max(shots)], questions[0], length)
+    run.sample("prompt.txt", str(tokenizer.decode(shown)))
+    labels = [row["label"] for row in questions]
+    return {**figures, "in_context_most_common": max(map(labels.count, labels)) / len(labels)}
