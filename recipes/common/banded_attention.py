@@ -65,8 +65,11 @@ def banded_attention(
     return mixed.reshape(batch, heads, blocks * window, head)[:, :, :length]
 
 
-class BandedSelfAttention(GPTNeoSelfAttention):
-    """A local layer of GPT-Neo that computes the band alone. With a cache (generation) the library's way is as cheap."""
+class FastSelfAttention(GPTNeoSelfAttention):
+    """A layer of GPT-Neo: a local one computes the band alone, a global one takes torch's fused attention.
+
+    With a cache (generation) the library's way is as cheap.
+    """
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, layer_past: Any = None, **options: Any
@@ -77,20 +80,27 @@ class BandedSelfAttention(GPTNeoSelfAttention):
             self._split_heads(project(hidden_states), self.num_heads, self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # the last row of the library's (batch, 1, seq, seq) causal mask hides padding and nothing else
-        seen = None if attention_mask is None else attention_mask[:, 0, -1] == 0
         dropout = self.attn_dropout.p if self.training else 0.0
-        mixed = banded_attention(query, key, value, self.config.window_size, seen, dropout)
+        if self.attention_type == "local":
+            # the last row of the library's (batch, 1, seq, seq) causal mask hides padding and nothing else
+            seen = None if attention_mask is None else attention_mask[:, 0, -1] == 0
+            mixed = banded_attention(query, key, value, self.config.window_size, seen, dropout)
+        else:
+            mask = attention_mask
+            if mask is not None:
+                mask = mask.clamp(min=torch.finfo(query.dtype).min).to(
+                    query.dtype
+                )  # never -inf: a row may be all masked
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=1.0)
         out = self.out_proj(self._merge_heads(mixed, self.num_heads, self.head_dim))
         return self.resid_dropout(out), None
 
 
-def use_banded_attention(model: nn.Module) -> int:
-    """Let a GPT-Neo's local layers compute the band alone; how many there are. Their weights stay as they are."""
-    local = [m for m in model.modules() if isinstance(m, GPTNeoSelfAttention) and m.attention_type == "local"]
-    for layer in local:
-        layer.__class__ = BandedSelfAttention
-    return len(local)
+def use_fast_attention(model: nn.Module) -> None:
+    """Make a GPT-Neo's layers FastSelfAttention. Their weights and what they compute stay as they are."""
+    for layer in model.modules():
+        if isinstance(layer, GPTNeoSelfAttention):
+            layer.__class__ = FastSelfAttention
 
 
 def start_like_gpt3(model: PreTrainedModel) -> None:
@@ -109,14 +119,13 @@ def start_like_gpt3(model: PreTrainedModel) -> None:
 
 
 def banded_speedup(window: int, length: int, heads: int, head: int, repeats: int = 3) -> float:
-    """How many times faster the band is than masked dense attention, forward and backward, this machine, best of `repeats`."""
+    """How many times faster the band is than torch's fused attention under its mask, forward and backward, on this machine."""
     made = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, length, head, generator=made, requires_grad=True) for _ in range(3))
     mask = band(length, window)
 
     def dense() -> Tensor:
-        scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, torch.finfo(torch.float32).min)
-        return scores.softmax(dim=-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
 
     def seconds(attend: Any) -> float:
         best = math.inf

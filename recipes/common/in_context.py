@@ -50,19 +50,20 @@ def prompt(
 
 
 def log_likelihoods(model: PreTrainedModel, context: list[int], endings: list[list[int]], bf16: bool) -> Tensor:
-    """log p(ending | context) of each ending, the sum over its tokens: (endings,)."""
-    longest = max(map(len, endings))
-    ids = torch.zeros(len(endings), len(context) + longest, dtype=torch.long)
-    for row, ending in enumerate(endings):
-        ids[row, : len(context) + len(ending)] = torch.tensor([*context, *ending])
+    """log p(ending | context) of each ending, the sum over its tokens: (endings,). The context is read once."""
     device = model.device
-    real = torch.arange(longest)[None] < torch.tensor([len(ending) for ending in endings])[:, None]
+    longest = max(map(len, endings))
+    ids = torch.tensor([[*ending, *[0] * (longest - len(ending))] for ending in endings], device=device)
+    real = torch.arange(longest) < torch.tensor([[len(ending)] for ending in endings])  # (endings, longest)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        mask = torch.cat([torch.ones(len(endings), len(context), dtype=torch.long), real.long()], dim=1).to(device)
-        hidden = model.base_model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-        logits = head(hidden[:, len(context) - 1 : -1])  # (endings, longest, vocabulary): these predict the endings
-    words = logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(context) :, None].to(device))[..., 0]
+        read = model.base_model(input_ids=torch.tensor([context], device=device), use_cache=True)
+        hidden = read.last_hidden_state[:, -1:].expand(len(endings), -1, -1)
+        if longest > 1:
+            read.past_key_values.batch_repeat_interleave(len(endings))
+            more = model.base_model(input_ids=ids[:, :-1], past_key_values=read.past_key_values, use_cache=True)
+            hidden = torch.cat([hidden, more.last_hidden_state], dim=1)  # (endings, longest, hidden): each predicts ids
+        logits = model.get_output_embeddings()(hidden)
+    words = logits.float().log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
     return (words.cpu() * real).sum(dim=1)
 
 

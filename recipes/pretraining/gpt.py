@@ -52,7 +52,7 @@ class Gpt:
     block_length: PositiveInt = 512  # tokens a sample; documents are packed into such blocks (GPT-1: 512)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW; GPT's own is adamw
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
-    prompts: tuple[str, ...] = ("def ", "import ", "The ")  # continued as it learns
+    prompts: tuple[str, ...] = ("def", "import", "The")  # continued as it learns
     tasks: dict[str, Literal["classification", "entailment", "similarity", "multiple_choice"]] = field(
         default_factory=dict  # fine-tuned on, data -> input transformation (GPT-1, figure 1); the rest is in downstream
     )
@@ -98,6 +98,10 @@ def check(config: Config) -> None:
             problems.append(
                 f"{name} is {length}, but the model has {positions} positions: lower it, or give more positions"
             )
+    if gpt.in_context and kind == "openai-gpt":
+        problems.append(
+            "gpt.in_context: GPT-1 is fine-tuned (gpt.tasks), and has no cache of what it read: leave it out"
+        )
     if gpt.auxiliary_loss < 0:
         problems.append(f"gpt.auxiliary_loss is {gpt.auxiliary_loss}: a share of a loss is 0 or above; GPT-1 used 0.5")
     if any(count < 0 for count in gpt.shots):
@@ -126,11 +130,11 @@ def make_model(config: Config, run: RunFolder) -> tuple[PreTrainedTokenizerBase,
 def finish(model: Any, fresh: bool) -> PreTrainedModel:
     """What transformers lacks for GPT-3: GPT-2's start for fresh weights, and local layers that compute the band alone."""
     if model.config.model_type == "gpt_neo":
-        from recipes.common.banded_attention import start_like_gpt3, use_banded_attention
+        from recipes.common.banded_attention import start_like_gpt3, use_fast_attention
 
         if fresh and model.device.type != "meta":
             start_like_gpt3(model)
-        use_banded_attention(model)
+        use_fast_attention(model)
     return model
 
 

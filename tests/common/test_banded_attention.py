@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from recipes.common.banded_attention import (
-    BandedSelfAttention,
+    FastSelfAttention,
     band,
     banded_attention,
     banded_speedup,
     start_like_gpt3,
-    use_banded_attention,
+    use_fast_attention,
 )
 
 
@@ -86,8 +86,9 @@ def test_gradients_are_those_of_dense_attention() -> None:
 def test_a_gpt_neo_gives_the_same_logits_with_it(length: int) -> None:
     plain = make_model()
     ours = copy.deepcopy(plain)
-    assert use_banded_attention(ours) == 2
-    assert [type(b.attn.attention) is BandedSelfAttention for b in ours.transformer.h] == [False, True, False, True]
+    use_fast_attention(ours)
+    assert [b.attn.attention.attention_type for b in ours.transformer.h] == ["global", "local"] * 2
+    assert all(type(block.attn.attention) is FastSelfAttention for block in ours.transformer.h)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     ids = torch.randint(2, 50, (3, length))
     mask = torch.ones_like(ids)
@@ -106,7 +107,7 @@ def test_a_gpt_neo_gives_the_same_logits_with_it(length: int) -> None:
 def test_it_generates_what_the_library_generates() -> None:
     plain = make_model()
     ours = copy.deepcopy(plain)
-    use_banded_attention(ours)
+    use_fast_attention(ours)
     ids = torch.randint(2, 50, (2, 9))
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
     assert ours.generate(ids, **options).equal(plain.generate(ids, **options))
@@ -114,7 +115,7 @@ def test_it_generates_what_the_library_generates() -> None:
 
 def test_a_banded_layer_sees_its_band_and_nothing_else() -> None:
     layer = make_model(window=4).transformer.h[1].attn.attention
-    layer.__class__ = BandedSelfAttention
+    layer.__class__ = FastSelfAttention
     x = torch.randn(1, 16, 32)
     with torch.no_grad():
         before = layer(x)[0]

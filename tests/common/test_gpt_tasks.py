@@ -9,9 +9,17 @@ import pytest
 import torch
 from tiny_chat import make_tokenizer
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from recipes.common import in_context
+from recipes.common.banded_attention import use_fast_attention
 from recipes.common.errors import UserError
 from recipes.common.gpt_tasks import (
     CHOICES,
@@ -177,17 +185,30 @@ def test_a_prompt_is_examples_with_answers_and_a_question_without(tokenizer: Any
     assert tokenizer.decode(cut).count("Answer:") == 3 and tokenizer.decode(cut).endswith("\nAnswer:")
 
 
-def test_the_likelihood_of_an_ending_is_the_sum_over_its_tokens(tokenizer: Any) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+@pytest.mark.parametrize("endings", [[[11], [12, 13, 14], [15, 16]], [[11], [12]]])
+def test_the_likelihood_of_an_ending_is_the_sum_over_its_tokens(kind: str, endings: list[list[int]]) -> None:
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
-    context, endings = [9, 8, 7, 6], [[11], [12, 13, 14], [15, 16]]
-    found = in_context.log_likelihoods(gpt2, context, endings, bf16=False)
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=50, bos_token_id=None, eos_token_id=None, **sizes)).eval()
+    else:
+        model = make_gpt_neo(window=3)
+    context = [9, 8, 7, 6, 5, 4, 3]
+    found = in_context.log_likelihoods(model, context, endings, bf16=False)
     for value, ending in zip(found, endings, strict=True):
-        ids = torch.tensor([[*context, *ending]])
-        words = gpt2(ids).logits.log_softmax(-1)[0]
+        words = model(torch.tensor([[*context, *ending]])).logits.log_softmax(-1)[0]
         expected = sum(words[len(context) - 1 + i, token] for i, token in enumerate(ending))
         assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def make_gpt_neo(window: int) -> Any:
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": window, "initializer_range": 0.3}
+    sizes = {"vocab_size": 50, "max_position_embeddings": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    config = GPTNeoConfig(bos_token_id=None, eos_token_id=None, **sizes, **kinds)
+    model = GPTNeoForCausalLM._from_config(config, attn_implementation="eager").eval()
+    use_fast_attention(model)
+    return model
 
 
 def test_the_class_that_gains_most_by_the_question_is_the_answer(

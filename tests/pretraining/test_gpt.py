@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_chat import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from recipes.common.banded_attention import use_banded_attention
+from recipes.common.banded_attention import FastSelfAttention
 from recipes.common.errors import UserError
 from recipes.common.gpt_tasks import MARKERS
 from recipes.common.held_out import held_out_blocks, loss_by_position, unigram_loss
@@ -228,9 +228,7 @@ def test_from_scratch_is_the_same_architecture_with_other_weights() -> None:
     model = make("gpt3")
     other = gpt.from_scratch(model)
     assert other.state_dict().keys() == model.state_dict().keys()
-    layers = [type(block.attn.attention).__name__ for block in other.transformer.h]
-    assert layers == ["GPTNeoSelfAttention", "BandedSelfAttention"]
-    assert use_banded_attention(model) == 1
+    assert {type(block.attn.attention) for block in other.transformer.h} == {FastSelfAttention}
     q = "transformer.h.0.attn.attention.q_proj.weight"
     assert not other.state_dict()[q].equal(model.state_dict()[q])
     assert other.state_dict()[q].std() == pytest.approx(0.3 / 4, rel=0.1)  # 1/sqrt(head of 16)
@@ -281,6 +279,7 @@ def test_held_out_blocks_lose_at_most_one_blocks_tail() -> None:
         ("gpt2", {"gpt__block_length": 65}, "gpt.block_length is 65, but the model has 64 positions"),
         ("gpt2", {"downstream__max_length": 100}, "downstream.max_length is 100, but the model has 64 positions"),
         ("gpt1", {"model__attention": "sdpa"}, "set eager"),
+        ("gpt1", {"gpt__in_context": "pydocs_package", "model__attention": "eager"}, "gpt.in_context: GPT-1"),
         ("gpt2", {"gpt__auxiliary_loss": -1}, "gpt.auxiliary_loss is -1"),
         ("gpt2", {"gpt__shots": "[0, -2]"}, "gpt.shots"),
         ("gpt2", {"model__config": '{"model_type": "llama"}'}, "is no GPT of this recipe"),
