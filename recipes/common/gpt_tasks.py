@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recipes.common.chat import encode_plain
-from recipes.common.downstream import Downstream, accuracy, class_names, compare_starts, fine_tune, load_rows
+from recipes.common.downstream import Downstream, accuracy, class_names, compare_starts, load_rows
 from recipes.common.errors import UserError
 from recipes.common.run_folder import RunFolder
 
@@ -188,17 +188,15 @@ def compare_on_task(
 ) -> dict[str, float]:
     """Held-out accuracy, fine-tuned from `starts` (pretrained, random), and of the most common class.
 
-    With lambda (`lm_weight`) above 0, from the pretrained weights without L1 too: GPT-1's ablation, its table 5.
+    With lambda (`lm_weight`) above 0 both are run without L1 too: GPT-1's ablation, its table 5.
     """
 
     def score(tuned: nn.Module) -> dict[str, float]:
         return {"accuracy": accuracy(tuned, task.asked, collate, args.bf16)}
 
-    pretrained, fresh = (TaskModel(start, task.kind, task.classes, lm_weight) for start in starts)
-    figures = compare_starts(pretrained, fresh, task.taught, collate, task.settings, score, args, run, task.name)
-    if lm_weight:
-        without = TaskModel(starts[0], task.kind, task.classes, 0.0)
-        fine_tune(without, task.taught, collate, task.settings, args, run)
-        figures[f"{task.name}_accuracy_without_lm"] = score(without.eval())["accuracy"]
+    figures: dict[str, float] = {}
+    for weight, name in {lm_weight: task.name, 0.0: f"{task.name}_without_lm" if lm_weight else task.name}.items():
+        pretrained, fresh = (TaskModel(start, task.kind, task.classes, weight) for start in starts)
+        figures |= compare_starts(pretrained, fresh, task.taught, collate, task.settings, score, args, run, name)
     labels = [row["label"] for row in task.asked]
     return {**figures, f"{task.name}_most_common": max(map(labels.count, labels)) / len(labels)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,8 +48,10 @@ def loss_by_position(model: PreTrainedModel, blocks: list[list[int]], bf16: bool
 
 
 def draw_by_position(axes: Any, losses: np.ndarray) -> None:
-    """The loss against how many tokens came before."""
-    axes.plot(range(1, len(losses) + 1), losses)
+    """The loss against how many tokens came before, mean over neighbouring places on a log scale."""
+    edges = np.unique(np.geomspace(1, len(losses) + 1, 24).astype(int))
+    means = [losses[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
+    axes.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, "o-", markersize=3)
     axes.set_xscale("log")
     axes.set_xlabel("tokens seen before")
     axes.set_ylabel("held-out loss, nats a token")

@@ -104,7 +104,7 @@ def test_it_learns_and_what_it_saves_is_the_librarys(
     assert figures["eval_loss_per_character"] == pytest.approx(figures["eval_loss"], rel=0.05)  # a token is a byte here
     assert figures["loss_late_in_context"] < figures["loss_early_in_context"]
     assert {"one_accuracy", "baseline_one_accuracy", "one_most_common", "tokens_per_second"} <= figures.keys()
-    assert "one_accuracy_without_lm" not in figures  # lambda is 0
+    assert "one_without_lm_accuracy" not in figures  # lambda is 0
     assert ("band_speedup_512" in figures) == (variant == "gpt3")
     for name in ("plots/loss.png", "plots/loss_by_position.png", "samples/step-000020.txt", "README.md"):
         assert (done.folder / name).stat().st_size > 0, name
@@ -138,7 +138,7 @@ def test_gpt1_tunes_each_kind_of_task_with_and_without_the_language_loss(
     done = run_in_process(gpt, tiny(sources, "gpt1", **words), tmp_path)
     assert done.code == 0, done.err
     for name in kinds:
-        for key in (f"{name}_accuracy", f"baseline_{name}_accuracy", f"{name}_accuracy_without_lm"):
+        for key in (f"{name}_accuracy", f"baseline_{name}_accuracy", f"{name}_without_lm_accuracy"):
             assert 0 <= done.figures[key] <= 1, key
 
 
