@@ -1,0 +1,167 @@
+"""Every task as text in, text out: pairs of token ids, their batches, what a model writes, and mixtures of tasks.
+
+    "translate English to Chinese: What is 3 + 4?"            -> "3 + 4 等于多少？"
+    "package: Raise an IndexError if i is out of range."      -> "numpy"
+    "similarity sentence1: ... sentence2: ..."                -> "3.8"
+
+Raffel et al. 2020, https://arxiv.org/abs/1910.10683, sections 2.4 and 3.5.2. For encoder-decoder models of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from recipes.common.chat import encode_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class Pair(NamedTuple):
+    """Token ids, each side with its end."""
+
+    source: list[int]
+    target: list[int]
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str], max_length: int
+) -> list[Pair]:
+    """Both sides in tokens; what is longer than max_length is cut, and the end is kept."""
+    end = tokenizer.eos_token_id
+    sides = [[[*ids[: max_length - 1], end] for ids in encode_plain(tokenizer, side)] for side in (sources, targets)]
+    return [Pair(source, target) for source, target in zip(*sides, strict=True)]
+
+
+def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
+    """input_ids and attention_mask: (batch, longest source); labels: (batch, longest target), -100 behind the end."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    sources = [torch.tensor(pair.source) for pair in pairs]
+    return {
+        "input_ids": pad_sequence(sources, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True),
+        "labels": pad_sequence([torch.tensor(p.target) for p in pairs], batch_first=True, padding_value=-100),
+    }
+
+
+def write(
+    model: Any,
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    bf16: bool,
+    batch_size: int = 100,
+) -> list[str]:
+    """What the model writes for each source, greedily, at most `tokens` tokens."""
+    import torch
+
+    device = model.device
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].source))
+    texts = [""] * len(pairs)
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            batch = {k: v.to(device) for k, v in batch_of([pairs[i] for i in chosen], tokenizer.pad_token_id).items()}
+            del batch["labels"]
+            out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, num_beams=1)
+            for i, text in zip(chosen, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+                texts[i] = text.strip()
+    return texts
+
+
+# -------------------------------------------------------------------------------------------------------- mixtures
+
+
+def mixing_rates(sizes: Sequence[int], limit: int, temperature: float = 1.0) -> np.ndarray:
+    """Share of each task in the mixture, (tasks,): r_m = min(e_m, K) / sum_n min(e_n, K), to the power 1/T, normalised.
+
+    e_m examples of task m; K, the limit, keeps a huge task from drowning the rest; T = 1 is examples-proportional mixing,
+    and a large T makes all tasks alike.
+    """
+    rates = np.minimum(np.asarray(sizes, dtype=float), limit)
+    rates = (rates / rates.sum()) ** (1 / temperature)
+    return np.asarray(rates / rates.sum())
+
+
+def mixture(
+    tasks: Sequence[Sequence[Pair]], count: int, limit: int, temperature: float, rng: np.random.Generator
+) -> list[Pair]:
+    """`count` pairs, the task of each drawn at its rate; a task's own pairs come in turn, in a new order each time round."""
+    rates = mixing_rates([len(pairs) for pairs in tasks], limit, temperature)
+    queues: list[list[int]] = [[] for _ in tasks]
+    drawn = []
+    for task in rng.choice(len(tasks), count, p=rates):
+        if not queues[task]:
+            queues[task] = rng.permutation(len(tasks[task])).tolist()
+        drawn.append(tasks[task][queues[task].pop()])
+    return drawn
+
+
+# -------------------------------------------------------------------------------------------------- numbers as text
+
+
+def as_text(number: float, step: float = 0.2) -> str:
+    """A number as the nearest multiple of the step, in one decimal: 2.57 -> "2.6". T5's form of STS-B (section 2.4)."""
+    return f"{round(number / step) * step:.1f}"
+
+
+def as_number(text: str, low: float, high: float) -> float | None:
+    """The number that a text is, or None: what is no number, or lies outside, counts as a wrong answer."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if low <= number <= high else None
+
+
+def correlation(written: Sequence[str], wanted: Sequence[float], low: float, high: float) -> float:
+    """Pearson's r of the numbers written and wanted, 0 where either side is constant; a text that is none counts as `low`."""
+    numbers = [as_number(text, low, high) for text in written]
+    ours = np.array([low if number is None else number for number in numbers])
+    theirs = np.asarray(wanted)
+    if ours.std() == 0 or theirs.std() == 0:
+        return 0.0
+    return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+def similar_pairs(sentences: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str, float]]:
+    """Each sentence beside itself with words changed for another sentence's, and how alike they are.
+
+    Alike is 5 times the share of the words kept: 5 the same sentence, 0 another one.
+    """
+    made = []
+    for i, sentence in enumerate(sentences):
+        words = sentence.split()
+        others = sentences[int(rng.integers(len(sentences)))].split() or ["-"]
+        changed = rng.permutation(len(words))[: int(rng.integers(len(words) + 1))]
+        second = list(words)
+        for place in changed:
+            second[place] = others[place % len(others)]
+        kept = sum(a == b for a, b in zip(words, second, strict=True)) / max(len(words), 1)
+        made.append((sentences[i], " ".join(second), 5 * kept))
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- bookkeeping
+
+
+def flops_per_source_token(model: Any, source: int, target: int) -> float:
+    """Floating-point operations of a training step, for each token of the source (the Trainer counts those).
+
+    6 for each number that multiplies a token: the encoder's meet source tokens, the decoder's and the head's target ones,
+    save that the cross-attention's keys and values (left out here) meet source tokens. Attention itself as PaLM counts it.
+    """
+    table = model.get_input_embeddings().weight.numel()
+    encoder = sum(p.numel() for p in model.get_encoder().parameters()) - table
+    decoder = sum(p.numel() for p in model.get_decoder().parameters())  # with the table, which is the head
+    config = model.config
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    attention = 12 * layers * hidden * (source * source + target * target + source * target)
+    return (6 * (encoder * source + decoder * target) + attention) / source
