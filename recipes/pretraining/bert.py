@@ -1,0 +1,267 @@
+"""BERT: pretrain an encoder that sees both sides, by hidden words and by whether a text follows another.
+
+    [CLS] the man went to the [MASK] [SEP] he bought a gallon [MASK] milk [SEP]
+      |                         |                               |
+    follows?                  store                            of
+    loss = - mean over the hidden tokens of log p(token | whole row)  -  log p(follows or not | [CLS])
+
+15 % of the tokens are predicted: 80 % of them become [MASK], 10 % a random token, 10 % stay, so that fine-tuning, which
+has no [MASK], finds a model that looks at every token. `bert.whole_words` hides words with all their tokens. Both
+objectives are in recipes/common/masked_language.py; the model is transformers' BertForPreTraining.
+
+Afterwards a layer on [CLS] classifies one text or two, from few labels, beside the same model from random weights.
+
+Devlin et al. 2019, https://arxiv.org/abs/1810.04805
+
+    make bert                                        # laptop, offline, minutes
+    make bert CONFIG=gpu                             # one GPU, a public corpus
+    make bert CONFIG=cluster LAUNCH=ddp NPROC=8      # a node; scripts/ has SLURM
+
+Laptop result: RESULTS.md#bert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from recipes.common.config import Section
+from recipes.common.downstream import Downstream
+from recipes.common.errors import UserError
+from recipes.common.recipe import run_recipe
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
+
+if TYPE_CHECKING:
+    import transformers
+    from datasets import Dataset
+    from torch import Tensor
+
+
+@dataclass
+class Bert:
+    """Knobs of the two objectives; the architecture's are in model.config."""
+
+    row_length: PositiveInt = 512  # tokens of a row, [CLS] and two [SEP] included; section A.2
+    mask_rate: OpenUnitInterval = 0.15  # share of the tokens that is predicted; section 3.1
+    whole_words: bool = False  # hide a word with all its tokens (Google's release of May 2019)
+    optimizer: Literal["muon", "adamw"] = (
+        "muon"  # muon: hidden matrices by Muon, the rest by AdamW; the paper's is adamw
+    )
+    muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
+
+
+@dataclass
+class Config:
+    """Sections of this recipe."""
+
+    model: Model
+    data: Data
+    bert: Bert
+    classification: Downstream
+    pairs: Downstream
+    training: Section[transformers.TrainingArguments]
+    run: Run
+
+
+def blocks_of(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
+    """Documents as blocks of `length` tokens, each of one document: input_ids, words (the word each token is of), document."""
+
+    def cut(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
+        blocks: dict[str, list[Any]] = {"input_ids": [], "words": [], "document": []}
+        for i, (ids, number) in enumerate(zip(encoded["input_ids"], numbers, strict=True)):
+            words = encoded.word_ids(i)
+            for start in range(0, len(ids) - length + 1, length):
+                blocks["input_ids"].append(ids[start : start + length])
+                blocks["words"].append(words[start : start + length])
+                blocks["document"].append(number)
+        return blocks
+
+    blocks = rows.map(cut, batched=True, batch_size=100, with_indices=True, remove_columns=rows.column_names)
+    if len(blocks) == 0 or len(set(blocks["document"])) < 2:
+        raise UserError(
+            f"data: {len(blocks)} block(s) of {length} tokens, all of one document: next-sentence prediction takes two "
+            "documents that are longer than that; give more text, or a smaller bert.row_length"
+        )
+    return blocks
+
+
+def measure(model: Any, batches: list[dict[str, Tensor]], args: transformers.TrainingArguments) -> dict[str, float]:
+    """Held-out cross-entropy and accuracy on the hidden tokens, and the share of next sentences told right."""
+    import torch
+    from torch.nn import functional as F
+
+    loss, hits, hidden, told, rows = 0.0, 0, 0, 0, 0
+    model.to(args.device).eval()
+    with torch.inference_mode(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        for batch in batches:
+            inputs = {name: value.to(args.device) for name, value in batch.items()}
+            labels, follows = inputs.pop("labels"), inputs.pop("next_sentence_label")
+            out = model(**inputs)
+            here = labels != -100  # (batch, seq)
+            logits = out.prediction_logits[here].float()  # (hidden tokens, vocabulary)
+            loss += F.cross_entropy(logits, labels[here], reduction="sum").item()
+            hits += int((logits.argmax(-1) == labels[here]).sum())
+            told += int((out.seq_relationship_logits.argmax(-1) == follows).sum())
+            hidden, rows = hidden + len(logits), rows + len(follows)
+    model.train()
+    return {"loss": loss / hidden, "token_accuracy": hits / hidden, "next_sentence_accuracy": told / rows}
+
+
+def fill(model: Any, tokenizer: Any, batch: dict[str, Tensor], rows: int = 6) -> str:
+    """Held-out rows as they are given, and what is put where a token is hidden: to be read."""
+    import torch
+
+    with torch.inference_mode():
+        inputs = {n: v[:rows].to(model.device) for n, v in batch.items() if n not in ("labels", "next_sentence_label")}
+        guesses = model(**inputs).prediction_logits.argmax(-1)
+    lines = []
+    for ids, labels, guess in zip(inputs["input_ids"].cpu(), batch["labels"], guesses.cpu(), strict=False):
+        lines.append(tokenizer.decode(ids))
+        for place in (labels != -100).nonzero().flatten()[:12].tolist():
+            wanted, given, got = (tokenizer.decode([int(x[place])]) for x in (labels, ids, guess))
+            lines.append(f"  {given!r} was {wanted!r}, filled with {got!r}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def compare(
+    name: str, settings: Downstream, model: Any, tokenizer: Any, args: transformers.TrainingArguments, run: RunFolder
+) -> dict[str, float]:
+    """Classify one text or two from few labels: accuracy on held-out rows, pretrained and from random weights."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    from recipes.common.downstream import accuracy, class_names, compare_starts, load_rows
+
+    rows, held_out = load_rows(settings, "classification")
+    names = class_names(rows, held_out)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        second = [row["text_pair"] for row in rows] if rows[0]["text_pair"] is not None else None
+        batch = tokenizer(
+            [row["text"] for row in rows], second,
+            truncation=True, max_length=settings.max_length, padding=True, return_tensors="pt",
+        )  # fmt: skip
+        return {**batch, "labels": torch.tensor([names.index(row["label"]) for row in rows])}
+
+    starts = []
+    for pretrained in (True, False):
+        set_seed(args.seed)  # the new layer is the same in both
+        classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        config = type(model.config).from_dict({**model.config.to_dict(), **classes})
+        start = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+        if pretrained:
+            start.bert.load_state_dict(model.bert.state_dict())
+        starts.append(start)
+
+    def score(model: Any) -> dict[str, float]:
+        return {"accuracy": accuracy(model, held_out, collate, args.bf16)}
+
+    return compare_starts(starts[0], starts[1], rows, collate, settings, score, args, run, name)
+
+
+def check(config: Config, model: Any) -> None:
+    """Raise UserError, before any long work, for what cannot be trained so."""
+    from transformers import BertForPreTraining
+
+    from recipes.common.optimizers import refuse_muon_on_shards
+
+    if config.bert.optimizer == "muon":
+        refuse_muon_on_shards(config.training)
+    if not isinstance(model, BertForPreTraining):
+        raise UserError(f"model: this recipe pretrains a BERT, not a {type(model).__name__}: set model_type: bert")
+    problems = []
+    if config.data.streaming:
+        problems.append("data.streaming: the second text comes from anywhere in the data, which a stream does not give")
+    places = model.config.max_position_embeddings
+    lengths = (
+        ("bert.row_length", config.bert.row_length),
+        ("classification.max_length", config.classification.max_length),
+        ("pairs.max_length", config.pairs.max_length),
+    )
+    for name, length in lengths:
+        if length > places:
+            problems.append(f"{name}: {length} tokens are above model.config.max_position_embeddings, {places}")
+    if config.bert.row_length < 11:
+        problems.append(
+            f"bert.row_length: {config.bert.row_length} tokens hold no two texts beside three marks: use 11"
+        )
+    if model.config.type_vocab_size < 2:
+        problems.append("model.config.type_vocab_size: two texts need 2 segment ids")
+    if problems:
+        raise UserError(problems)
+
+
+def main(config: Config, run: RunFolder) -> dict[str, Any]:
+    """Data, model, objectives, train, evaluate, save, fine-tune from two starts."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForPreTraining, Trainer
+
+    from recipes.common.data import load_data
+    from recipes.common.draws import generator, numbered, unigram_loss
+    from recipes.common.masked_language import add_marks, sample
+    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.preflight import preflight
+    from recipes.common.training import fit, total_steps
+
+    bert, training = config.bert, config.training
+    tokenizer: Any = load_tokenizer(config.model, run)
+    add_marks(tokenizer)
+    model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
+    check(config, model)
+    plain = np.array(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))  # what a random token may be
+
+    data = load_data(config.data, "text")
+    blocks = blocks_of(data["train"], tokenizer, bert.row_length - 3)
+    held_out = blocks_of(data["validation"], tokenizer, bert.row_length - 3)
+
+    def rows_of(chosen: list[dict[str, Any]], source: Dataset, seed: int) -> dict[str, Tensor]:
+        """Each block cut, joined and hidden by the randomness of its own draw; B comes from anywhere in `source`."""
+        samples = []
+        for row in chosen:
+            rng = generator(seed, row["draw"])
+            while (other := source[int(rng.integers(len(source)))])["document"] == row["document"]:
+                pass
+            texts = [(text["input_ids"], text["words"]) for text in (row, other)]
+            samples.append(sample(texts[0], texts[1], tokenizer, plain, bert.mask_rate, bert.whole_words, rng))
+        batch = {
+            name: torch.tensor([row[name] for row in samples]) for name in samples[0]
+        }  # (batch, seq); label (batch,)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    optimizer = muon_with_adamw(model, training, bert.muon_learning_rate) if bert.optimizer == "muon" else None
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=numbered(blocks, training),
+        data_collator=lambda rows: rows_of(rows, blocks, training.seed),
+        optimizers=(optimizer, None),
+    )
+    batches = iter(trainer.get_train_dataloader())
+    seen = [next(batches)]
+    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
+
+    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
+    drawn = [{**held_out[i], "draw": i} for i in range(len(held_out))]
+    scored = [rows_of(drawn[i : i + 64], held_out, 0) for i in range(0, len(drawn), 64)]
+    before = measure(model, scored, training)
+    unigram = unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer))
+    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    run.save_model(model, tokenizer)
+    run.plot_curve("loss", "loss")
+    after = measure(model, scored, training)
+    run.sample("filled.txt", fill(model, tokenizer, scored[0]))
+
+    figures = {f"eval_{name}": value for name, value in after.items()}
+    figures |= {"unigram_loss": unigram, "untrained_loss": before["loss"]}
+    figures |= compare("classification", config.classification, model, tokenizer, training, run)
+    figures |= compare("pairs", config.pairs, model, tokenizer, training, run)
+    return figures
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)

@@ -1,0 +1,152 @@
+"""BERT, run in this process on small documents: it learns, it is saved as the library's own, it resumes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_chat import command_line, make_tokenizer
+
+from recipes.common.run_folder import RunFolder
+from recipes.pretraining import bert
+
+MODEL = {
+    "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "max_position_embeddings": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes, documents that keep to one animal, classes and pairs, all of one small grammar."""
+    folder = tmp_path_factory.mktemp("sources")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    nouns, verbs = ("cat", "dog", "owl", "fox"), ("sat", "ran", "hid", "lay")
+    documents = [
+        "".join(f"the {a} {verb} by the {b}. " for b in nouns for _ in range(1 + n))
+        for a, verb, n in itertools.product(nouns, verbs, range(3))
+    ]
+    classes = [{"text": f"the {n} {v} by", "label": n} for n in nouns for v in verbs]
+    pairs = [
+        {"sentence1": f"the {n}", "sentence2": f"a {m}", "label": int(n == m)}
+        for n, m in [*itertools.product(nouns, nouns), *zip(nouns, nouns, strict=True)]
+    ]
+    for name, rows in (("text", [{"text": text} for text in documents]), ("classes", classes), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
+    """A command line: hidden 32, 2 layers, rows of 40 bytes."""
+    values = {
+        "model.tokenizer": sources / "tokenizer",
+        "model.config": json.dumps(MODEL),
+        "data.name": sources / "text.jsonl",
+        "data.validation_fraction": 0.2,
+        "bert.row_length": 40,
+        "classification.data": sources / "classes.jsonl",
+        "pairs.data": sources / "pairs.jsonl",
+        **{f"{task}.{key}": value for task in ("classification", "pairs")
+           for key, value in (("steps", 3), ("max_length", 40), ("eval_rows", 8), ("labels", 64))},
+        "training.max_steps": 60,
+        "training.per_device_train_batch_size": 16,
+        "training.learning_rate": 1e-2,
+        "training.lr_scheduler_type": "linear",
+        "training.lr_scheduler_kwargs": "{}",
+        "training.warmup_steps": 2,
+        "training.save_steps": 30,
+        "training.bf16": "false",
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }  # fmt: skip
+    return [*command_line(values), *more]
+
+
+def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    done = run_in_process(bert, tiny(sources), tmp_path)
+    assert done.code == 0, done.err
+    figures = done.figures
+    assert figures["untrained_loss"] == pytest.approx(math.log(263), rel=0.1)  # it starts as a uniform guess
+    assert figures["eval_loss"] < figures["unigram_loss"] < figures["untrained_loss"]
+    assert {
+        "eval_token_accuracy", "eval_next_sentence_accuracy", "classification_accuracy", "baseline_classification_accuracy",
+        "pairs_accuracy", "baseline_pairs_accuracy", "tokens_per_second",
+    } <= figures.keys()  # fmt: skip
+    for name in ("README.md", "plots/loss.png", "samples/filled.txt"):
+        assert (done.folder / name).stat().st_size > 0, name
+
+    from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(done.folder / "model")
+    whole, cloze = (
+        c.from_pretrained(done.folder / "model").eval() for c in (AutoModelForPreTraining, AutoModelForMaskedLM)
+    )
+    batch = tokenizer("the cat sat", "by the dog", return_tensors="pt")
+    assert batch["input_ids"][0, 0] == tokenizer.cls_token_id and int(batch["token_type_ids"].sum()) > 0
+    with torch.no_grad():
+        assert torch.equal(whole(**batch).prediction_logits, cloze(**batch).logits)
+
+
+def test_a_stopped_run_resumes_to_the_same_losses(
+    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden words and the other documents' texts too are those of the run that was not stopped."""
+    options = {"training__max_steps": 12, "training__save_steps": 5}
+    whole = run_in_process(bert, tiny(sources, "--run.name", "whole", **options), tmp_path)
+    assert whole.code == 0, whole.err
+    plain = RunFolder.log
+
+    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
+        plain(self, step, **figures)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "log", log_and_stop)
+        assert run_in_process(bert, tiny(sources, "--run.name", "parts", **options), tmp_path).code == 130
+    resumed = run_in_process(bert, tiny(sources, "--run.name", "parts", "--run.resume", "true", **options), tmp_path)
+    assert resumed.code == 0, resumed.err
+    losses = [[row["loss"] for row in run.history()] for run in (whole, resumed)]
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bert__mask_rate": 0.0}, "mask_rate"),
+        ({"bert__mask_rate": 1.0}, "mask_rate"),
+        ({"bert__row_length": 49}, "bert.row_length"),
+        ({"bert__row_length": 10}, "bert.row_length"),
+        ({"pairs__max_length": 49}, "pairs.max_length"),
+        ({"data__streaming": "true"}, "data.streaming"),
+        ({"model__config": json.dumps({**MODEL, "type_vocab_size": 1})}, "type_vocab_size"),
+        ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "model_type"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    run_in_process: Any, sources: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    done = run_in_process(bert, tiny(sources, **changes), tmp_path)
+    assert done.code == 2
+    assert said in done.err and "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_document_alone_is_refused(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("the cat sat by the dog. " * 200)
+    done = run_in_process(bert, tiny(sources, data__name=text), tmp_path / "runs")
+    assert done.code == 2 and "takes two documents" in done.err and "Traceback" not in done.err
+
+
+def test_a_dry_run_trains_nothing(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    done = run_in_process(bert, tiny(sources, "--dry-run"), tmp_path)
+    assert done.code == 0, done.err
+    assert "dry run" in done.out and not list(tmp_path.iterdir())
