@@ -106,4 +106,5 @@ def add_sentinels(tokenizer: PreTrainedTokenizerBase, count: int = SENTINELS) ->
     missing = [name for name in names if name not in known]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
-    return list(tokenizer.convert_tokens_to_ids(names))
+    known = tokenizer.get_vocab()
+    return [known[name] for name in names]
