@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim._muon import _adjust_lr
 
@@ -125,10 +126,12 @@ def refuse_muon_on_shards(args: TrainingArguments) -> None:
 
 
 def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
-    """Muon on every hidden 2-D weight, fused AdamW on embeddings, head, norms and biases. Each group keeps its own rate under
+    """Muon on every hidden 2-D weight, fused AdamW on the embedding tables, head, norms and biases. Each group keeps its own rate under
     one schedule. Raises UserError where the matrices would be sharded."""
     refuse_muon_on_shards(args)
-    tables = {id(t.weight) for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}  # positions' too
+    if (head := model.get_output_embeddings()) is not None:
+        tables.add(id(head.weight))
     learned = [p for p in model.parameters() if p.requires_grad]
     # a matrix of one row is a vector: a reward model's head
     matrices = [p for p in learned if p.ndim == 2 and min(p.shape) > 1 and id(p) not in tables]
