@@ -124,7 +124,7 @@ def draw_spans(size: int, rate: float, mean: float, rng: np.random.Generator) ->
     while left > 0 and len(spans) < budget:
         spans.append(min(int(rng.poisson(mean)), left))
         left -= spans[-1]
-    lengths = np.array(spans, dtype=int)
+    lengths = rng.permutation(np.array(spans, dtype=int))  # the one that was cut may come anywhere
     kept = size - int(lengths.sum())
     places = np.sort(
         rng.choice(kept + len(lengths), len(lengths), replace=False)

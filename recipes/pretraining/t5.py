@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import transformers
     from torch import Tensor
 
+    from recipes.common.optimizers import MuonWithAdamW
     from recipes.common.text_to_text import Pair
 
 LOW, HIGH = 0.0, 5.0  # of a similarity, STS-B's
@@ -184,6 +185,24 @@ def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: An
 # -------------------------------------------------------------------------------------------------------- the story
 
 
+def make_optimizer(model: Any, args: transformers.TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
+    """Muon on the hidden matrices; those of the queries learn slower.
+
+    T5's attention does not divide q k^T by sqrt(d_kv): the queries' matrices start that much smaller instead, so they have to
+    learn that much slower too, or the attention saturates.
+    """
+    from recipes.common.optimizers import muon_with_adamw
+
+    optimizer = muon_with_adamw(model, args, muon_learning_rate)
+    queries = [p for name, p in model.named_parameters() if name.endswith(".q.weight")]
+    apart = {id(p) for p in queries}
+    (group,) = optimizer.muon.param_groups
+    group["params"] = [p for p in group["params"] if id(p) not in apart]
+    rate = muon_learning_rate / model.config.d_kv**0.5
+    optimizer.muon.add_param_group({**group, "params": queries, "lr": rate})
+    return optimizer
+
+
 def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import T5ForConditionalGeneration
@@ -227,7 +246,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
     from recipes.common.span_corruption import add_sentinels, corrupt, longest_text, noise_mask
@@ -266,7 +284,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         training,
         train_dataset=numbered(blocks, training),
         data_collator=collate,
-        optimizers=(muon_with_adamw(model, training, t5.muon_learning_rate) if t5.optimizer == "muon" else None, None),
+        optimizers=(make_optimizer(model, training, t5.muon_learning_rate) if t5.optimizer == "muon" else None, None),
     )
     batches = iter(trainer.get_train_dataloader())
     seen = [next(batches)]

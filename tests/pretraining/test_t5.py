@@ -69,6 +69,7 @@ def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
     return [*command_line(values), *more]
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     done = run_in_process(t5, tiny(sources), tmp_path)
     assert done.code == 0, done.err
@@ -118,6 +119,24 @@ def test_distances_are_all_that_the_attention_knows_of_positions() -> None:
     assert torch.allclose(*pooled, atol=1e-4)  # without the distances, a text is a bag of tokens
 
 
+def test_queries_learn_slower_by_the_root_that_the_attention_leaves_out() -> None:
+    """Every matrix is in one group, once; the queries' rate is the others' over sqrt(d_kv); the distances' table is AdamW's."""
+    from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
+
+    fields = {k: v for k, v in MODEL.items() if k != "model_type"}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **fields))
+    optimizer = t5.make_optimizer(model, TrainingArguments(learning_rate=0.01, use_cpu=True), 0.02)
+    names = {id(p): name for name, p in model.named_parameters()}
+    grouped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    others, queries = optimizer.muon.param_groups
+    assert (others["lr"], queries["lr"]) == (0.02, 0.02 / 4)  # d_kv is 16
+    assert {names[id(p)].split(".")[-2] for p in queries["params"]} == {"q"} and len(queries["params"]) == 6
+    assert all("relative" not in names[id(p)] and ".q." not in names[id(p)] for p in others["params"])
+    assert sum("relative" in names[id(p)] for g in optimizer.adamw.param_groups for p in g["params"]) == 2
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_weights(
     run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,360 @@
+"""BART: pretrain an encoder-decoder to write back a corrupted text; then classify, write and translate with it.
+
+    text        A B C . D E .
+    corrupted   D _ E . A _ .           sentences permuted, then 30 % of the tokens in spans, a mask for each
+    loss = - 1/T sum_t log p(x_t | x_<t, corrupted)        over the whole text x, not its missing parts alone
+
+Any of five corruptions may be composed (recipes/common/denoising.py). Afterwards:
+- to classify, the same text goes into encoder and decoder, and the decoder's state at the text's end is classified
+- to write (a summary of a function), the source goes into the encoder, and the decoder writes the target
+- to translate into the language of the pretraining, a new small encoder takes the place of the encoder's embeddings, and learns
+  to turn foreign words into what BART can denoise: first with BART frozen, save its positions and the first layer's
+  self-attention inputs, then all of it (section 3.4)
+
+Lewis et al. 2019, https://arxiv.org/abs/1910.13461
+
+    make bart                                         # laptop, offline, minutes
+    make bart CONFIG=gpu                              # one GPU, a public corpus
+    make bart CONFIG=cluster LAUNCH=ddp NPROC=8       # a node; scripts/ has SLURM
+
+Laptop result: RESULTS.md#bart.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from recipes.common.chat import encode_plain
+from recipes.common.config import Section
+from recipes.common.downstream import Downstream
+from recipes.common.errors import UserError
+from recipes.common.recipe import run_recipe
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+    from torch import Tensor
+
+    from recipes.common.denoising import Marks
+    from recipes.common.text_to_text import Pair
+
+
+@dataclass
+class Bart:
+    """Knobs of the objective and of the tasks after it; the architecture's are in model.config."""
+
+    block_length: PositiveInt = 1022  # tokens of text; with its start and end 1024
+    corruptions: tuple[
+        Literal["token_masking", "token_deletion", "text_infilling", "sentence_permutation", "document_rotation"], ...
+    ] = ("sentence_permutation", "text_infilling")  # one after the other; section 5.1
+    rate: OpenUnitInterval = 0.3  # share of the tokens that is masked, deleted or filled in; section 5.1
+    mean_span: PositiveFloat = 3.0  # tokens of an infilled span, of its Poisson distribution; section 2.2
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW; theirs is adamw
+    muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
+    longest_answer: PositiveInt = 32  # tokens written
+    written: PositiveInt = 100  # held-out sources that an answer is written for
+    translate_back: bool = True  # targets to sources: into the language of the pretraining
+    source_layers: PositiveInt = 2  # of the new encoder that translation puts below BART; theirs has 6
+    first_stage_steps: PositiveInt = 150  # of translation with BART frozen; translation.steps come after
+
+
+@dataclass
+class Config:
+    """Sections of this recipe."""
+
+    model: Model
+    data: Data
+    bart: Bart
+    classification: Downstream
+    generation: Downstream
+    translation: Downstream
+    training: Section[transformers.TrainingArguments]
+    run: Run
+
+
+# ------------------------------------------------------------------------------------- what pretraining bought
+
+
+def compare_classification(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+) -> dict[str, float]:
+    """Accuracy on held-out rows, from both starts."""
+    import torch
+    from transformers import BartForSequenceClassification
+
+    from recipes.common.downstream import accuracy, class_names, compare_starts, load_rows
+    from recipes.common.text_to_text import Pair, batch_of
+
+    settings, training = config.classification, config.training
+    rows, test = load_rows(settings, "classification")
+    names = class_names(rows, test)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        texts = encode_plain(tokenizer, [" ".join(filter(None, [row["text"], row["text_pair"]])) for row in rows])
+        pairs = [Pair([marks.start, *ids[: settings.max_length - 2], marks.end], []) for ids in texts]
+        labels = torch.tensor([names.index(row["label"]) for row in rows])
+        return {**batch_of(pairs, marks.pad), "labels": labels}
+
+    starts = []
+    for start in (pretrained, fresh):
+        torch.manual_seed(training.seed)  # the new layers are the same in both
+        with_classes = copy.deepcopy(start.config)
+        with_classes.num_labels = len(names)
+        classifier: Any = BartForSequenceClassification(with_classes)
+        classifier.model.load_state_dict(start.model.state_dict())
+        starts.append(classifier)
+
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        return {"accuracy": accuracy(model, test, collate, training.bf16)}
+
+    return compare_starts(starts[0], starts[1], rows, collate, settings, score, training, run, "classification")
+
+
+def encoded(rows: list[dict[str, Any]], tokenizer: Any, marks: Marks, length: int, back: bool = False) -> list[Pair]:
+    """Rows of {"source", "target"} in tokens, each side with its start and end; `back` swaps the sides."""
+    from recipes.common.text_to_text import Pair, encode_pairs
+
+    sides = [[row[side] for row in rows] for side in (("target", "source") if back else ("source", "target"))]
+    pairs = encode_pairs(tokenizer, sides[0], sides[1], length - 1)
+    return [Pair([marks.start, *source], [marks.start, *target]) for source, target in pairs]
+
+
+class Writing:
+    """Scores what a model writes: the held-out loss of the targets, and the words that written ones share with them."""
+
+    def __init__(self, config: Config, run: RunFolder, tokenizer: Any, name: str, pairs: list[Pair]):
+        self.config, self.run, self.tokenizer, self.name, self.pairs = config, run, tokenizer, name, pairs
+        self.starts = iter(("pretrained", "from-scratch"))
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        from recipes.common.draws import mean_loss, word_overlap
+        from recipes.common.text_to_text import batch_of, write
+
+        bart, args, tokenizer = self.config.bart, self.config.training, self.tokenizer
+        batches = [batch_of(self.pairs[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(self.pairs), 32)]
+        shown = self.pairs[: bart.written]
+        texts = write(model, shown, tokenizer, bart.longest_answer, args.bf16)
+        asked, wanted = (
+            [tokenizer.decode(ids, skip_special_tokens=True) for ids in s] for s in zip(*shown, strict=True)
+        )
+        lines = [f"{a}\n  wanted: {b}\n  wrote:  {c}" for a, b, c in zip(asked, wanted, texts, strict=True)]
+        self.run.sample(f"{self.name}-{next(self.starts)}.txt", "\n\n".join(lines))
+        exact = sum(a == b.strip() for a, b in zip(texts, wanted, strict=True)) / len(texts)
+        return {"loss": mean_loss(model, batches, args), "overlap": word_overlap(texts, wanted), "exact": exact}
+
+
+def compare_generation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+) -> dict[str, float]:
+    """The targets' loss and the written targets' words, from both starts."""
+    from recipes.common.downstream import compare_starts, load_rows
+    from recipes.common.text_to_text import batch_of
+
+    settings = config.generation
+    rows, test = (encoded(some, tokenizer, marks, settings.max_length) for some in load_rows(settings, "pair"))
+    score = Writing(config, run, tokenizer, "generation", test)
+    return compare_starts(
+        pretrained, fresh, rows, lambda pairs: batch_of(pairs, marks.pad), settings, score, config.training, run,
+        "generation",
+    )  # fmt: skip
+
+
+def put_source_encoder(model: Any, layers: int) -> None:
+    """In place: BART's encoder reads a new, random encoder's states where it looked tokens up (section 3.4).
+
+    The new one has its own embeddings, so its words may be of another language; the decoder keeps BART's.
+    """
+    from transformers.models.bart.modeling_bart import BartEncoder
+
+    below = copy.deepcopy(model.config)
+    below.encoder_layers = layers
+    encoder, plain = model.model.encoder, model.model.encoder.forward
+    encoder.source = BartEncoder(below)
+
+    def forward(
+        input_ids: Tensor, attention_mask: Tensor | None = None, inputs_embeds: None = None, **options: Any
+    ) -> Any:
+        states = encoder.source(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return plain(inputs_embeds=states, attention_mask=attention_mask, **options)
+
+    encoder.forward = forward
+
+
+def learn_first_stage_only(model: Any) -> int:
+    """Freeze all but the source encoder, BART's positions, and the inputs of its first self-attention; how many numbers learn."""
+    bart = model.model
+    model.requires_grad_(False)
+    attention = bart.encoder.layers[0].self_attn
+    for part in (
+        bart.encoder.source, bart.encoder.embed_positions, bart.decoder.embed_positions,
+        attention.q_proj, attention.k_proj, attention.v_proj,
+    ):  # fmt: skip
+        part.requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def compare_translation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+) -> dict[str, float]:
+    """Translation in two stages, from both starts, with the same new source encoder."""
+    import torch
+
+    from recipes.common.downstream import fine_tune, load_rows
+    from recipes.common.text_to_text import batch_of
+
+    settings, training, bart = config.translation, config.training, config.bart
+    rows, test = (
+        encoded(some, tokenizer, marks, settings.max_length, bart.translate_back)
+        for some in load_rows(settings, "pair")
+    )
+    score = Writing(config, run, tokenizer, "translation", test)
+    figures: dict[str, float] = {}
+    for prefix, model in (("", pretrained), ("baseline_", fresh)):
+        torch.manual_seed(training.seed)  # the new encoder is the same in both
+        put_source_encoder(model, bart.source_layers)
+        learned = learn_first_stage_only(model)
+
+        def collate(pairs: list[Pair]) -> dict[str, Tensor]:
+            return batch_of(pairs, marks.pad)
+
+        losses = fine_tune(model, rows, collate, replace(settings, steps=bart.first_stage_steps), training, run)
+        figures[f"{prefix}translation_first_stage_loss"] = sum(losses[-10:]) / len(losses[-10:])
+        model.requires_grad_(True)
+        fine_tune(model, rows, collate, settings, training, run)
+        model.eval()
+        figures |= {f"{prefix}translation_{figure}": value for figure, value in score(model).items()}
+        run.say(
+            f"  translation, {'from scratch' if prefix else 'pretrained'}: {learned:,} numbers in stage 1  "
+            + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith(f"{prefix}translation"))
+        )
+    return figures
+
+
+# -------------------------------------------------------------------------------------------------------- the story
+
+
+def check(config: Config, model: Any) -> None:
+    """Raise UserError, before any long work, for what cannot be trained so."""
+    from transformers import BartForConditionalGeneration
+
+    from recipes.common.optimizers import refuse_muon_on_shards
+
+    bart = config.bart
+    if bart.optimizer == "muon":
+        refuse_muon_on_shards(config.training)
+    if not isinstance(model, BartForConditionalGeneration):
+        raise UserError(f"model: {type(model).__name__} is not BART: set model_type: bart, or give a BART's name")
+    positions = model.config.max_position_embeddings
+    problems = [
+        f"{name} {length} tokens are above model.config.max_position_embeddings, {positions}"
+        for name, length in (
+            ("bart.block_length: with its start and end", bart.block_length + 2),
+            ("classification.max_length:", config.classification.max_length),
+            ("generation.max_length:", config.generation.max_length),
+            ("translation.max_length:", config.translation.max_length),
+        )
+        if length > positions
+    ]
+    if not bart.corruptions:
+        problems.append("bart.corruptions: there is none, and a text that is not corrupted is only copied: name one")
+    if bart.block_length < 8:
+        problems.append(f"bart.block_length: {bart.block_length} tokens are too short to be corrupted: use 8 at least")
+    if bart.longest_answer >= positions:
+        problems.append(f"bart.longest_answer: {bart.longest_answer} is not below the {positions} positions")
+    if problems:
+        raise UserError(problems)
+
+
+def main(config: Config, run: RunFolder) -> dict[str, Any]:
+    """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
+    import numpy as np
+    from transformers import AutoModelForSeq2SeqLM, Trainer, set_seed
+
+    from recipes.common.data import load_data
+    from recipes.common.denoising import KINDS, add_marks, corrupt
+    from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
+    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.packing import pack_texts
+    from recipes.common.preflight import preflight
+    from recipes.common.text_to_text import Pair, batch_of, flops_per_source_token
+    from recipes.common.training import fit, total_steps
+
+    bart, training = config.bart, config.training
+    tokenizer = load_tokenizer(config.model, run)
+    marks = add_marks(tokenizer)
+    model: Any = load_model(
+        config.model, tokenizer, run, AutoModelForSeq2SeqLM,
+        decoder_start_token_id=marks.end, forced_eos_token_id=None,
+    )  # fmt: skip
+    check(config, model)
+
+    data = load_data(config.data, "text")
+    blocks = pack_texts(data["train"], tokenizer, bart.block_length)
+    held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, bart.block_length)]
+
+    def noised(texts: list[list[int]], draws: list[int], seed: int, kinds: tuple[Any, ...]) -> dict[str, Tensor]:
+        pairs = []
+        for text, draw in zip(texts, draws, strict=True):
+            left = corrupt(np.asarray(text), kinds, marks, generator(seed, draw), bart.rate, bart.mean_span)
+            pairs.append(Pair([marks.start, *left.tolist(), marks.end], [marks.start, *text, marks.end]))
+        return batch_of(pairs, marks.pad)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        texts, draws = [row["input_ids"] for row in rows], [row["draw"] for row in rows]
+        return noised(texts, draws, training.seed, bart.corruptions)
+
+    def held_out_batches(kinds: tuple[Any, ...], count: int | None = None) -> list[dict[str, Tensor]]:
+        texts = held_out[:count]
+        parts = [range(i, min(i + 32, len(texts))) for i in range(0, len(texts), 32)]
+        return [noised([texts[i] for i in part], list(part), 0, kinds) for part in parts]
+
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=numbered(blocks, training),
+        data_collator=collate,
+        optimizers=(
+            muon_with_adamw(model, training, bart.muon_learning_rate) if bart.optimizer == "muon" else None,
+            None,
+        ),
+    )
+    batches = iter(trainer.get_train_dataloader())
+    seen = [next(batches)]
+    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
+    sizes = [seen[0][key].shape[1] for key in ("input_ids", "labels")]
+    run.figures["flops_per_token"] = flops_per_source_token(model, *sizes)
+    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
+    scored = held_out_batches(bart.corruptions)
+    figures = {
+        "unigram_loss": unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer)),
+        "untrained_loss": mean_loss(model, scored, training),
+    }
+    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    run.save_model(model, tokenizer)
+    run.plot_curve("loss", "loss")
+    figures["eval_loss"] = mean_loss(model, scored, training)
+    for kind in KINDS:  # also those that it was not trained on
+        figures[f"eval_loss_{kind}"] = mean_loss(model, held_out_batches((kind,), 64), training)
+
+    def starts() -> tuple[Any, Any]:
+        """The pretrained weights, and random ones."""
+        set_seed(training.seed)
+        fresh, trained = type(model)(model.config), type(model)(model.config)
+        trained.load_state_dict(model.state_dict())
+        for each in (fresh, trained):
+            each.generation_config = copy.deepcopy(model.generation_config)
+        return trained, fresh
+
+    figures |= compare_classification(config, run, tokenizer, marks, *starts())
+    figures |= compare_generation(config, run, tokenizer, marks, *starts())
+    figures |= compare_translation(config, run, tokenizer, marks, *starts())
+    return figures
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
