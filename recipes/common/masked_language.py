@@ -40,6 +40,7 @@ def add_marks(tokenizer: PreTrainedTokenizerBase) -> None:
         special_tokens=[(first, tokenizer.cls_token_id), (end, tokenizer.sep_token_id)],
     )
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what save_pretrained writes
 
 
 def choose(words: Sequence[int], rate: float, whole_words: bool, rng: np.random.Generator) -> NDArray[np.int64]:
