@@ -7,7 +7,8 @@ Fair means that nothing differs but the start. So the two share the order of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,3 +146,74 @@ def accuracy(
             batch = {name: value.to(device) for name, value in collate(rows[first : first + batch_size]).items()}
             right += int((model(**batch).logits.argmax(dim=-1) == batch["labels"]).sum())
     return right / len(rows)
+
+
+def two_starts(model: Any, seed: int) -> tuple[Any, Any]:
+    """A copy of the pretrained model, and one of random weights, to be fine-tuned: the given one stays as it is."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    fresh, pretrained = type(model)(model.config), type(model)(model.config)
+    pretrained.load_state_dict(model.state_dict())
+    for start in (fresh, pretrained):
+        start.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return pretrained, fresh
+
+
+def compare_classifiers(
+    starts: tuple[Any, Any],
+    classifier: Callable[[Any, list[str]], nn.Module],
+    inputs: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    settings: Downstream,
+    args: TrainingArguments,
+    run: RunFolder,
+    name: str,
+) -> dict[str, float]:
+    """Accuracy on held-out labelled rows of `classifier(start, class names)`, from the pretrained start and the random one.
+
+    `inputs(rows)` are the model's inputs without labels. What a classifier adds to its start is the same in both.
+    """
+    import torch
+
+    rows, held_out = load_rows(settings, "classification")
+    names = class_names(rows, held_out)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**inputs(rows), "labels": torch.tensor([names.index(row["label"]) for row in rows])}
+
+    made = []
+    for start in starts:
+        torch.manual_seed(args.seed)
+        made.append(classifier(start, names))
+
+    def score(model: nn.Module) -> dict[str, float]:
+        return {"accuracy": accuracy(model, held_out, collate, args.bf16)}
+
+    return compare_starts(made[0], made[1], rows, collate, settings, score, args, run, name)
+
+
+def written_score(
+    sources: Sequence[str],
+    wanted: Sequence[str],
+    write: Callable[[Any], list[str]],
+    batches: list[dict[str, Tensor]],
+    args: TrainingArguments,
+    run: RunFolder,
+    name: str,
+) -> Callable[[Any], dict[str, float]]:
+    """A score for `compare_starts`: the loss of held-out targets, and of what is written the shared words and exact answers.
+
+    `write(model)` gives a text for each of the sources; they are kept as samples/<name>-pretrained.txt and -from-scratch.txt.
+    """
+    from recipes.common.held_out import mean_loss, word_overlap
+
+    starts = iter(("pretrained", "from-scratch"))
+
+    def score(model: Any) -> dict[str, float]:
+        texts = write(model)
+        lines = [f"{a}\n  wanted: {b}\n  wrote:  {c}" for a, b, c in zip(sources, wanted, texts, strict=True)]
+        run.sample(f"{name}-{next(starts)}.txt", "\n\n".join(lines))
+        exact = sum(a.strip() == b.strip() for a, b in zip(texts, wanted, strict=True)) / len(texts)
+        return {"loss": mean_loss(model, batches, args), "overlap": word_overlap(texts, wanted), "exact": exact}
+
+    return score

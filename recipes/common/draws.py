@@ -1,21 +1,27 @@
 """Objectives that corrupt a text anew each time it is seen, so that a stopped run resumes to the very same corruptions.
 
 Every training sample has a number, and its randomness comes from that number alone: `generator(seed, row["draw"])`. Which
-process, worker or resumed run makes it does not matter. Beside that, the two losses that a trained one is held against.
+process, worker or resumed run makes it does not matter.
+
+`pretrain_and_score` is what such recipes do with their Trainer: train, save, and hold the loss against two that know less.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import TrainingArguments
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from recipes.common.run_folder import RunFolder
+
+BATCHES_COUNTED = 50  # whose targets give the unigram frequencies
 
 
 class Numbered(TorchDataset):  # type: ignore[type-arg]
@@ -49,43 +55,39 @@ def generator(seed: int, draw: int) -> np.random.Generator:
     return np.random.default_rng([seed, draw])
 
 
-def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], args: TrainingArguments) -> float:
-    """Mean over the label positions of all batches, of a model that gives a batch's own mean as `.loss`."""
-    import torch
+def pretrain_and_score(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[dict[str, Tensor]],
+    run: RunFolder,
+    *,
+    time_limit_minutes: float | None = None,
+    flops_per_token: Callable[[dict[str, Tensor]], float] | None = None,
+) -> dict[str, float]:
+    """Train, save, draw the loss. Gives the held-out `eval_loss`, and beside it `untrained_loss` and `unigram_loss`.
 
-    total, targets = 0.0, 0
-    model.to(args.device).eval()
-    with torch.inference_mode(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-        for batch in batches:
-            n = int((batch["labels"] != -100).sum())
-            loss = model(**{name: value.to(args.device) for name, value in batch.items()}).loss
-            total, targets = total + loss.item() * n, targets + n
-    model.train()
-    return total / targets
+    held_out: batches whose draws are the same before and after, and in every run
+    flops_per_token: of a batch, for models that the usual count does not fit (an encoder-decoder)
+    """
+    from recipes.common.held_out import mean_loss, unigram_loss
+    from recipes.common.preflight import preflight
+    from recipes.common.training import fit, total_steps
 
-
-def unigram_loss(seen: Iterable[Tensor], held_out: Iterable[Tensor], vocabulary: int) -> float:
-    """Cross-entropy of the held-out labels under the add-one frequencies of the seen ones; -100 is left out."""
-
-    def counts(labels: Iterable[Tensor]) -> np.ndarray:
-        found = np.zeros(vocabulary)
-        for some in labels:
-            found += np.bincount(some[some != -100].numpy(), minlength=vocabulary)
-        return found
-
-    probabilities = counts(seen) + 1
-    probabilities /= probabilities.sum()
-    target = counts(held_out)
-    return float(-(target * np.log(probabilities)).sum() / target.sum())
-
-
-def word_overlap(written: Sequence[str], wanted: Sequence[str]) -> float:
-    """Mean F1 of the words that a written text shares with the wanted one (ROUGE-1 without stemming), 0 to 1."""
-    from collections import Counter
-
-    total = 0.0
-    for ours, theirs in zip(written, wanted, strict=True):
-        a, b = Counter(ours.lower().split()), Counter(theirs.lower().split())
-        shared = (a & b).total()
-        total += 2 * shared / max(a.total() + b.total(), 1)
-    return total / len(wanted)
+    model: Any = trainer.model
+    args = trainer.args
+    batches = iter(trainer.get_train_dataloader())
+    seen = [next(batches)]
+    preflight(run, model, seen[0], args=args, total_steps=total_steps(trainer))
+    if flops_per_token is not None:
+        run.figures["flops_per_token"] = flops_per_token(seen[0])
+    seen += [batch for batch, _ in zip(batches, range(BATCHES_COUNTED - 1), strict=False)]
+    targets = [batch["labels"].cpu() for batch in seen]
+    figures = {
+        "unigram_loss": unigram_loss(targets, [batch["labels"] for batch in held_out], len(tokenizer)),
+        "untrained_loss": mean_loss(model, held_out, args),
+    }
+    fit(trainer, run, time_limit_minutes=time_limit_minutes)
+    run.save_model(model, tokenizer)
+    run.plot_curve("loss", "loss")
+    figures["eval_loss"] = mean_loss(model, held_out, args)
+    return figures

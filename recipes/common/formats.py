@@ -48,8 +48,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 # A row may lack these even where data.columns maps them.
 OPTIONAL = frozenset({"input", "system", "history", "tools", "text_pair"})
-# Kinds whose rows have no turns, and so no tools.
+# Kinds whose rows have no turns, and so no tools; and those that say which tools they have among their own columns.
 WITHOUT_TURNS = ("text", "classification", "pair")
+WITH_TOOLS = ("conversation", "preference")
 
 ROLES: dict[str, str] = {
     "system": "system",

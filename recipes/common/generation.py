@@ -176,6 +176,21 @@ def plain_choices(base: Any) -> Iterator[None]:
         base.generation_config = before
 
 
+def continue_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 60
+) -> str:
+    """Sampled continuations (top-p 0.9, temperature 0.8), to read while it learns."""
+    import torch
+
+    shown = []
+    for prompt in prompts:
+        batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        with torch.inference_mode():
+            out = cast(Any, model).generate(**batch, max_new_tokens=tokens, do_sample=True, top_p=0.9, temperature=0.8)
+        shown.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    return "\n\n".join(f"--- {text}" for text in shown)
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those that the checkpoint names (some have two)."""
     named = getattr(model.generation_config, "eos_token_id", None)

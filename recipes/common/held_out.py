@@ -1,7 +1,9 @@
-"""Held-out loss of a causal language model on packed blocks, and the baseline that sees no context."""
+"""What a pretrained model is held against: its loss on held-out text, the unigrams that see no context, words written."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from recipes.common.chat import encode_plain
 from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 def held_out_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[list[int]], float]:
@@ -57,7 +60,39 @@ def draw_by_position(axes: Any, losses: np.ndarray) -> None:
     axes.set_ylabel("held-out loss, nats a token")
 
 
-def unigram_loss(training: list[list[int]], held_out: list[list[int]], vocabulary: int) -> float:
-    """Nats a token of the held-out targets under the training tokens' frequencies, each count one more than it is."""
-    counts = np.bincount(np.asarray(training).ravel(), minlength=vocabulary) + 1
-    return float(-np.log(counts / counts.sum())[np.asarray(held_out)[:, 1:]].mean())
+def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], args: TrainingArguments) -> float:
+    """Mean over the label positions of all batches, of a model that gives a batch's own mean as `.loss`."""
+    total, targets = 0.0, 0
+    model.to(args.device).eval()
+    with torch.inference_mode(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        for batch in batches:
+            n = int((batch["labels"] != -100).sum())
+            loss = model(**{name: value.to(args.device) for name, value in batch.items()}).loss
+            total, targets = total + loss.item() * n, targets + n
+    model.train()
+    return total / targets
+
+
+def unigram_loss(seen: Iterable[Tensor], held_out: Iterable[Tensor], vocabulary: int) -> float:
+    """Cross-entropy of the held-out labels under the add-one frequencies of the seen ones; -100 is left out."""
+
+    def counts(labels: Iterable[Tensor]) -> np.ndarray:
+        found = np.zeros(vocabulary)
+        for some in labels:
+            found += np.bincount(some[some != -100].numpy(), minlength=vocabulary)
+        return found
+
+    probabilities = counts(seen) + 1
+    probabilities /= probabilities.sum()
+    target = counts(held_out)
+    return float(-(target * np.log(probabilities)).sum() / target.sum())
+
+
+def word_overlap(written: Sequence[str], wanted: Sequence[str]) -> float:
+    """Mean F1 of the words that a written text shares with the wanted one (ROUGE-1 without stemming), 0 to 1."""
+    total = 0.0
+    for ours, theirs in zip(written, wanted, strict=True):
+        a, b = Counter(ours.lower().split()), Counter(theirs.lower().split())
+        shared = (a & b).total()
+        total += 2 * shared / max(a.total() + b.total(), 1)
+    return total / len(wanted)

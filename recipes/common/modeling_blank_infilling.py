@@ -14,9 +14,8 @@
 GPT-2's block is what the paper describes (section 2.3): layer norm before each sublayer, GELU, and one linear layer that
 gives the tokens. transformers' own `Glm` classes are another model: the decoder-only GLM-4 with rotary positions.
 
-This file imports nothing of ours: `save_pretrained` puts a copy of it beside the weights. With this repository
-`BlankInfillingModel.from_pretrained(folder)` loads them; elsewhere `AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True)` runs that copy.
+Importing this file registers the model's type, and then `AutoModelForCausalLM.from_pretrained(folder)` loads what was saved.
+It imports nothing of ours, so a copy of it serves elsewhere; no code is put beside the weights.
 """
 
 from __future__ import annotations
@@ -95,5 +94,3 @@ def part_mask(context_length: Tensor, length: int) -> Tensor:
 
 AutoConfig.register(BlankInfillingConfig.model_type, BlankInfillingConfig)
 AutoModelForCausalLM.register(BlankInfillingConfig, BlankInfillingModel)
-BlankInfillingConfig.register_for_auto_class()
-BlankInfillingModel.register_for_auto_class("AutoModelForCausalLM")

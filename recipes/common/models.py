@@ -156,7 +156,9 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
     if vocabulary is not None:
         fields.setdefault("vocab_size", vocabulary)
         for name in known & {"bos_token_id", "eos_token_id", "pad_token_id"}:
-            fields.setdefault(name, None)  # load_model sets the tokenizer's; the class's own may lie outside its vocabulary
+            fields.setdefault(
+                name, None
+            )  # load_model sets the tokenizer's; the class's own may lie outside its vocabulary
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     if hidden and heads and hidden % heads and "head_dim" not in fields:
         raise UserError(f"model.config: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")

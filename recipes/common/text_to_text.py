@@ -152,12 +152,13 @@ def similar_pairs(sentences: Sequence[str], rng: np.random.Generator) -> list[tu
 # ------------------------------------------------------------------------------------------------------- bookkeeping
 
 
-def flops_per_source_token(model: Any, source: int, target: int) -> float:
-    """Floating-point operations of a training step, for each token of the source (the Trainer counts those).
+def flops_per_source_token(model: Any, batch: dict[str, Tensor]) -> float:
+    """Floating-point operations of a training step on the batch, for each token of the source (the Trainer counts those).
 
     6 for each number that multiplies a token: the encoder's meet source tokens, the decoder's and the head's target ones,
     save that the cross-attention's keys and values (left out here) meet source tokens. Attention itself as PaLM counts it.
     """
+    source, target = batch["input_ids"].shape[1], batch["labels"].shape[1]
     table = model.get_input_embeddings().weight.numel()
     encoder = sum(p.numel() for p in model.get_encoder().parameters()) - table
     decoder = sum(p.numel() for p in model.get_decoder().parameters())  # with the table, which is the head

@@ -35,7 +35,6 @@ from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
-    import torch
     import transformers
     from torch import Tensor
 
@@ -80,38 +79,32 @@ class Config:
 
 
 def compare_classification(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any
 ) -> dict[str, float]:
     """Accuracy on held-out rows, from both starts."""
-    import torch
     from transformers import BartForSequenceClassification
 
-    from recipes.common.downstream import accuracy, class_names, compare_starts, load_rows
+    from recipes.common.downstream import compare_classifiers, two_starts
     from recipes.common.text_to_text import Pair, batch_of
 
     settings, training = config.classification, config.training
-    rows, test = load_rows(settings, "classification")
-    names = class_names(rows, test)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        texts = encode_plain(tokenizer, [" ".join(filter(None, [row["text"], row["text_pair"]])) for row in rows])
-        pairs = [Pair([marks.start, *ids[: settings.max_length - 2], marks.end], []) for ids in texts]
-        labels = torch.tensor([names.index(row["label"]) for row in rows])
-        return {**batch_of(pairs, marks.pad), "labels": labels}
-
-    starts = []
-    for start in (pretrained, fresh):
-        torch.manual_seed(training.seed)  # the new layers are the same in both
+    def classifier(start: Any, names: list[str]) -> Any:
         with_classes = copy.deepcopy(start.config)
         with_classes.num_labels = len(names)
-        classifier: Any = BartForSequenceClassification(with_classes)
-        classifier.model.load_state_dict(start.model.state_dict())
-        starts.append(classifier)
+        made: Any = BartForSequenceClassification(with_classes)
+        made.model.load_state_dict(start.model.state_dict())
+        return made
 
-    def score(model: torch.nn.Module) -> dict[str, float]:
-        return {"accuracy": accuracy(model, test, collate, training.bf16)}
+    def inputs(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        texts = encode_plain(tokenizer, [" ".join(filter(None, [row["text"], row["text_pair"]])) for row in rows])
+        batch = batch_of(
+            [Pair([marks.start, *ids[: settings.max_length - 2], marks.end], []) for ids in texts], marks.pad
+        )
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
-    return compare_starts(starts[0], starts[1], rows, collate, settings, score, training, run, "classification")
+    starts = two_starts(model, training.seed)
+    return compare_classifiers(starts, classifier, inputs, settings, training, run, "classification")
 
 
 def encoded(rows: list[dict[str, Any]], tokenizer: Any, marks: Marks, length: int, back: bool = False) -> list[Pair]:
@@ -123,40 +116,32 @@ def encoded(rows: list[dict[str, Any]], tokenizer: Any, marks: Marks, length: in
     return [Pair([marks.start, *source], [marks.start, *target]) for source, target in pairs]
 
 
-class Writing:
-    """Scores what a model writes: the held-out loss of the targets, and the words that written ones share with them."""
+def writing_score(config: Config, run: RunFolder, tokenizer: Any, name: str, pairs: list[Pair]) -> Any:
+    """The held-out loss of the targets, and the words that written ones share with them, of a model."""
+    from recipes.common.downstream import written_score
+    from recipes.common.text_to_text import batch_of, write
 
-    def __init__(self, config: Config, run: RunFolder, tokenizer: Any, name: str, pairs: list[Pair]):
-        self.config, self.run, self.tokenizer, self.name, self.pairs = config, run, tokenizer, name, pairs
-        self.starts = iter(("pretrained", "from-scratch"))
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        from recipes.common.draws import mean_loss, word_overlap
-        from recipes.common.text_to_text import batch_of, write
-
-        bart, args, tokenizer = self.config.bart, self.config.training, self.tokenizer
-        batches = [batch_of(self.pairs[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(self.pairs), 32)]
-        shown = self.pairs[: bart.written]
-        texts = write(model, shown, tokenizer, bart.longest_answer, args.bf16)
-        asked, wanted = (
-            [tokenizer.decode(ids, skip_special_tokens=True) for ids in s] for s in zip(*shown, strict=True)
-        )
-        lines = [f"{a}\n  wanted: {b}\n  wrote:  {c}" for a, b, c in zip(asked, wanted, texts, strict=True)]
-        self.run.sample(f"{self.name}-{next(self.starts)}.txt", "\n\n".join(lines))
-        exact = sum(a == b.strip() for a, b in zip(texts, wanted, strict=True)) / len(texts)
-        return {"loss": mean_loss(model, batches, args), "overlap": word_overlap(texts, wanted), "exact": exact}
+    bart, args, shown = config.bart, config.training, pairs[: config.bart.written]
+    sides = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in zip(*shown, strict=True))
+    return written_score(
+        *sides,
+        lambda model: write(model, shown, tokenizer, bart.longest_answer, args.bf16),
+        [batch_of(pairs[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(pairs), 32)],
+        args,
+        run,
+        name,
+    )
 
 
-def compare_generation(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
-) -> dict[str, float]:
+def compare_generation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
     """The targets' loss and the written targets' words, from both starts."""
-    from recipes.common.downstream import compare_starts, load_rows
+    from recipes.common.downstream import compare_starts, load_rows, two_starts
     from recipes.common.text_to_text import batch_of
 
     settings = config.generation
     rows, test = (encoded(some, tokenizer, marks, settings.max_length) for some in load_rows(settings, "pair"))
-    score = Writing(config, run, tokenizer, "generation", test)
+    score = writing_score(config, run, tokenizer, "generation", test)
+    pretrained, fresh = two_starts(model, config.training.seed)
     return compare_starts(
         pretrained, fresh, rows, lambda pairs: batch_of(pairs, marks.pad), settings, score, config.training, run,
         "generation",
@@ -197,13 +182,11 @@ def learn_first_stage_only(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def compare_translation(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
-) -> dict[str, float]:
+def compare_translation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
     """Translation in two stages, from both starts, with the same new source encoder."""
     import torch
 
-    from recipes.common.downstream import fine_tune, load_rows
+    from recipes.common.downstream import fine_tune, load_rows, two_starts
     from recipes.common.text_to_text import batch_of
 
     settings, training, bart = config.translation, config.training, config.bart
@@ -211,22 +194,22 @@ def compare_translation(
         encoded(some, tokenizer, marks, settings.max_length, bart.translate_back)
         for some in load_rows(settings, "pair")
     )
-    score = Writing(config, run, tokenizer, "translation", test)
+    score = writing_score(config, run, tokenizer, "translation", test)
     figures: dict[str, float] = {}
-    for prefix, model in (("", pretrained), ("baseline_", fresh)):
+    for prefix, start in zip(("", "baseline_"), two_starts(model, training.seed), strict=True):
         torch.manual_seed(training.seed)  # the new encoder is the same in both
-        put_source_encoder(model, bart.source_layers)
-        learned = learn_first_stage_only(model)
+        put_source_encoder(start, bart.source_layers)
+        learned = learn_first_stage_only(start)
 
         def collate(pairs: list[Pair]) -> dict[str, Tensor]:
             return batch_of(pairs, marks.pad)
 
-        losses = fine_tune(model, rows, collate, replace(settings, steps=bart.first_stage_steps), training, run)
+        losses = fine_tune(start, rows, collate, replace(settings, steps=bart.first_stage_steps), training, run)
         figures[f"{prefix}translation_first_stage_loss"] = sum(losses[-10:]) / len(losses[-10:])
-        model.requires_grad_(True)
-        fine_tune(model, rows, collate, settings, training, run)
-        model.eval()
-        figures |= {f"{prefix}translation_{figure}": value for figure, value in score(model).items()}
+        start.requires_grad_(True)
+        fine_tune(start, rows, collate, settings, training, run)
+        start.eval()
+        figures |= {f"{prefix}translation_{figure}": value for figure, value in score(start).items()}
         run.say(
             f"  translation, {'from scratch' if prefix else 'pretrained'}: {learned:,} numbers in stage 1  "
             + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k.startswith(f"{prefix}translation"))
@@ -272,17 +255,16 @@ def check(config: Config, model: Any) -> None:
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
     import numpy as np
-    from transformers import AutoModelForSeq2SeqLM, Trainer, set_seed
+    from transformers import AutoModelForSeq2SeqLM, Trainer
 
     from recipes.common.data import load_data
     from recipes.common.denoising import KINDS, add_marks, corrupt
-    from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
+    from recipes.common.draws import generator, numbered, pretrain_and_score
+    from recipes.common.held_out import mean_loss
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
-    from recipes.common.preflight import preflight
     from recipes.common.text_to_text import Pair, batch_of, flops_per_source_token
-    from recipes.common.training import fit, total_steps
 
     bart, training = config.bart, config.training
     tokenizer = load_tokenizer(config.model, run)
@@ -323,36 +305,20 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
             None,
         ),
     )
-    batches = iter(trainer.get_train_dataloader())
-    seen = [next(batches)]
-    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
-    sizes = [seen[0][key].shape[1] for key in ("input_ids", "labels")]
-    run.figures["flops_per_token"] = flops_per_source_token(model, *sizes)
-    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
-    scored = held_out_batches(bart.corruptions)
-    figures = {
-        "unigram_loss": unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer)),
-        "untrained_loss": mean_loss(model, scored, training),
-    }
-    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
-    run.save_model(model, tokenizer)
-    run.plot_curve("loss", "loss")
-    figures["eval_loss"] = mean_loss(model, scored, training)
+    figures = pretrain_and_score(
+        trainer,
+        tokenizer,
+        held_out_batches(bart.corruptions),
+        run,
+        time_limit_minutes=config.run.time_limit_minutes,
+        flops_per_token=lambda batch: flops_per_source_token(model, batch),
+    )
     for kind in KINDS:  # also those that it was not trained on
         figures[f"eval_loss_{kind}"] = mean_loss(model, held_out_batches((kind,), 64), training)
 
-    def starts() -> tuple[Any, Any]:
-        """The pretrained weights, and random ones."""
-        set_seed(training.seed)
-        fresh, trained = type(model)(model.config), type(model)(model.config)
-        trained.load_state_dict(model.state_dict())
-        for each in (fresh, trained):
-            each.generation_config = copy.deepcopy(model.generation_config)
-        return trained, fresh
-
-    figures |= compare_classification(config, run, tokenizer, marks, *starts())
-    figures |= compare_generation(config, run, tokenizer, marks, *starts())
-    figures |= compare_translation(config, run, tokenizer, marks, *starts())
+    figures |= compare_classification(config, run, tokenizer, marks, model)
+    figures |= compare_generation(config, run, tokenizer, marks, model)
+    figures |= compare_translation(config, run, tokenizer, marks, model)
     return figures
 
 

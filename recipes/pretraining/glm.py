@@ -136,60 +136,50 @@ def cloze_classifier(model: BlankInfillingModel, verbalizer: list[int]) -> torch
 
 
 def compare_classification(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any
 ) -> dict[str, float]:
     """Accuracy of the cloze classifier on held-out rows, from both starts."""
-    import torch
-
     from recipes.common.blank_infilling import batch_of
-    from recipes.common.downstream import accuracy, class_names, compare_starts, load_rows
+    from recipes.common.downstream import compare_classifiers, two_starts
 
     settings, training = config.classification, config.training
-    rows, test = load_rows(settings, "classification")
-    names = class_names(rows, test)
-    verbalizer = label_tokens(names, tokenizer)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def classifier(start: Any, names: list[str]) -> torch.nn.Module:
+        return cloze_classifier(start, label_tokens(names, tokenizer))
+
+    def inputs(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         texts = ["\n".join(part for part in (row["text"], row["text_pair"]) if part is not None) for row in rows]
-        samples = cloze_samples(texts, tokenizer, marks, config.glm.cloze, settings.max_length)
-        return {**batch_of(samples, marks.pad), "labels": torch.tensor([names.index(row["label"]) for row in rows])}
+        return batch_of(cloze_samples(texts, tokenizer, marks, config.glm.cloze, settings.max_length), marks.pad)
 
-    def score(model: torch.nn.Module) -> dict[str, float]:
-        return {"accuracy": accuracy(model, test, collate, training.bf16)}
-
-    starts = [cloze_classifier(start, verbalizer) for start in (pretrained, fresh)]
-    return compare_starts(starts[0], starts[1], rows, collate, settings, score, training, run, "classification")
+    starts = two_starts(model, training.seed)
+    return compare_classifiers(starts, classifier, inputs, settings, training, run, "classification")
 
 
-def compare_generation(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
-) -> dict[str, float]:
+def compare_generation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
     """Loss of the held-out answers, and the words that written answers share with them, from both starts."""
     from recipes.common.blank_infilling import answer_batch, write
-    from recipes.common.downstream import compare_starts, load_rows
-    from recipes.common.draws import mean_loss, word_overlap
+    from recipes.common.downstream import compare_starts, load_rows, two_starts, written_score
 
-    settings, training = config.generation, config.training
+    settings, training, glm = config.generation, config.training, config.glm
     rows, test = load_rows(settings, "pair")
-    shown = test[: config.glm.written]
-    names = iter(("pretrained", "from-scratch"))
+    shown = test[: glm.written]
+    room = settings.max_length - glm.longest_answer - 2
+    asked = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sources, targets = (encode_plain(tokenizer, [row[side] for row in rows]) for side in ("source", "target"))
         return answer_batch(sources, targets, marks, settings.max_length)
 
-    def score(model: Any) -> dict[str, float]:
-        batches = [collate(test[i : i + 32]) for i in range(0, len(test), 32)]
-        room = settings.max_length - config.glm.longest_answer - 2
-        sources = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
-        texts = [
-            tokenizer.decode(ids) for ids in write(model, sources, marks, config.glm.longest_answer, training.bf16)
-        ]
-        lines = [f"{r['source']}\n  wanted: {r['target']}\n  wrote:  {t}" for r, t in zip(shown, texts, strict=True)]
-        run.sample(f"answers-{next(names)}.txt", "\n\n".join(lines))
-        overlap = word_overlap(texts, [row["target"] for row in shown])
-        return {"loss": mean_loss(model, batches, training), "overlap": overlap}
-
+    score = written_score(
+        [row["source"] for row in shown],
+        [row["target"] for row in shown],
+        lambda model: [tokenizer.decode(ids) for ids in write(model, asked, marks, glm.longest_answer, training.bf16)],
+        [collate(test[i : i + 32]) for i in range(0, len(test), 32)],
+        training,
+        run,
+        "answers",
+    )
+    pretrained, fresh = two_starts(model, training.seed)
     return compare_starts(pretrained, fresh, rows, collate, settings, score, training, run, "generation")
 
 
@@ -232,17 +222,16 @@ def check(config: Config, model: Any) -> None:
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
-    from transformers import Trainer, set_seed
+    from transformers import Trainer
 
     from recipes.common import modeling_blank_infilling  # noqa: F401  registers the model's type
     from recipes.common.blank_infilling import OBJECTIVES, Corrupter, add_marks, batch_of, sentence_marks
     from recipes.common.data import load_data
-    from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
+    from recipes.common.draws import generator, numbered, pretrain_and_score
+    from recipes.common.held_out import mean_loss
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
-    from recipes.common.preflight import preflight
-    from recipes.common.training import fit, total_steps
 
     glm, training = config.glm, config.training
     tokenizer = load_tokenizer(config.model, run)
@@ -271,31 +260,14 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    batches = iter(trainer.get_train_dataloader())
-    seen = [next(batches)]
-    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
-    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
-    scored = held_out_batches()
-    figures = {
-        "unigram_loss": unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer)),
-        "untrained_loss": mean_loss(model, scored, training),
-    }
-    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
-    run.save_model(model, tokenizer)
-    run.plot_curve("loss", "loss")
-    figures["eval_loss"] = mean_loss(model, scored, training)
+    figures = pretrain_and_score(
+        trainer, tokenizer, held_out_batches(), run, time_limit_minutes=config.run.time_limit_minutes
+    )
     for objective in OBJECTIVES:
         figures[f"eval_loss_{objective}"] = mean_loss(model, held_out_batches(objective, 200), training)
 
-    def starts() -> tuple[BlankInfillingModel, BlankInfillingModel]:
-        """The pretrained weights, and random ones."""
-        set_seed(training.seed)
-        fresh, trained = type(model)(model.config), type(model)(model.config)
-        trained.load_state_dict(model.state_dict())
-        return trained, fresh
-
-    figures |= compare_classification(config, run, tokenizer, marks, *starts())
-    figures |= compare_generation(config, run, tokenizer, marks, *starts())
+    figures |= compare_classification(config, run, tokenizer, marks, model)
+    figures |= compare_generation(config, run, tokenizer, marks, model)
     sample = corrupt(held_out[0], generator(0, 0), "token")
     shown = (tokenizer.decode(held_out[0]), tokenizer.decode(sample.tokens))
     run.sample("corrupted.txt", "{}\n\n--- Part A, then Part B\n{}".format(*shown))

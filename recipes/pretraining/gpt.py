@@ -146,19 +146,6 @@ def from_scratch(model: PreTrainedModel) -> PreTrainedModel:
     return finish(AutoModelForCausalLM.from_config(model.config, attn_implementation=attention), fresh=True)
 
 
-def continue_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...]) -> str:
-    """Sampled continuations of 60 tokens (top-p 0.9, temperature 0.8), to read while it learns."""
-    import torch
-
-    shown = []
-    for prompt in prompts:
-        batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-        with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.8)
-        shown.append(tokenizer.decode(out[0], skip_special_tokens=True))
-    return "\n\n".join(f"--- {text}" for text in shown)
-
-
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, optimizer, train, evaluate, save, and then the tasks."""
     import torch
@@ -166,6 +153,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     from recipes.common.data import load_data
     from recipes.common.fused_loss import fuse_next_token_loss
+    from recipes.common.generation import continue_prompts
     from recipes.common.gpt_tasks import compare_on_task, load_task
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
     from recipes.common.in_context import ask_in_context, load_questions
@@ -221,7 +209,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     eighth = max(1, len(by_position) // 8)
     figures = {
         "eval_loss": by_position.mean(),
-        "unigram_loss": unigram_loss(counted, held_out, len(tokenizer)),
+        "unigram_loss": unigram_loss([torch.tensor(counted)], [torch.tensor(held_out)[:, 1:]], len(tokenizer)),
         "untrained_loss": untrained.mean(),
         "eval_loss_per_character": by_position.mean() * tokens_per_character,
         "loss_early_in_context": by_position[:eighth].mean(),  # what reading on buys: learning in context, no gradient

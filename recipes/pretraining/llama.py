@@ -120,21 +120,6 @@ def xz_bits_per_byte(training: list[str], held_out: list[str]) -> dict[str, floa
     return {"xz_bits_per_byte": 8 * cold / size, "xz_primed_bits_per_byte": 8 * (primed - base) / size}
 
 
-def continue_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], tokens: int = 60
-) -> str:
-    """Sampled continuations (top-p 0.9, temperature 0.8), to read while it learns."""
-    import torch
-
-    shown = []
-    for prompt in prompts:
-        batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-        with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=tokens, do_sample=True, top_p=0.9, temperature=0.8)
-        shown.append(tokenizer.decode(out[0], skip_special_tokens=True))
-    return "\n\n".join(f"--- {text}" for text in shown)
-
-
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, optimizer, train, evaluate, save."""
     import torch
@@ -142,6 +127,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     from recipes.common.data import load_data
     from recipes.common.fused_loss import fuse_next_token_loss
+    from recipes.common.generation import continue_prompts
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts

@@ -132,7 +132,7 @@ def task_texts(name: str, task: Task, eval_rows: int) -> tuple[Texts, Texts]:
 
 def score_task(name: str, written: list[str], wanted: list[str]) -> float:
     """Exact answers for translation, right classes, Pearson's r for similarity, shared words for summaries; 1 is perfect."""
-    from recipes.common.draws import word_overlap
+    from recipes.common.held_out import word_overlap
     from recipes.common.text_to_text import correlation
 
     if name == "similarity":
@@ -241,16 +241,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
     import numpy as np
     import torch
-    from transformers import AutoModelForSeq2SeqLM, Trainer, set_seed
+    from transformers import AutoModelForSeq2SeqLM, Trainer
 
     from recipes.common.data import load_data
-    from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
+    from recipes.common.downstream import two_starts
+    from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.packing import pack_texts
-    from recipes.common.preflight import preflight
     from recipes.common.span_corruption import add_sentinels, corrupt, longest_text, noise_mask
     from recipes.common.text_to_text import flops_per_source_token
-    from recipes.common.training import fit, total_steps
 
     t5, training = config.t5, config.training
     tokenizer = load_tokenizer(config.model, run)
@@ -286,30 +285,21 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         data_collator=collate,
         optimizers=(make_optimizer(model, training, t5.muon_learning_rate) if t5.optimizer == "muon" else None, None),
     )
-    batches = iter(trainer.get_train_dataloader())
-    seen = [next(batches)]
-    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
-    sizes = [seen[0][key].shape[1] for key in ("input_ids", "labels")]
-    run.figures["flops_per_token"] = flops_per_source_token(model, *sizes)
-    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
     scored = [
         spans_cut(held_out[i : i + 32], list(range(i, min(i + 32, len(held_out)))), 0)
         for i in range(0, len(held_out), 32)
     ]
-    figures = {
-        "unigram_loss": unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer)),
-        "untrained_loss": mean_loss(model, scored, training),
-    }
-    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
-    run.save_model(model, tokenizer)
-    run.plot_curve("loss", "loss")
-    figures["eval_loss"] = mean_loss(model, scored, training)
+    figures = pretrain_and_score(
+        trainer,
+        tokenizer,
+        scored,
+        run,
+        time_limit_minutes=config.run.time_limit_minutes,
+        flops_per_token=lambda batch: flops_per_source_token(model, batch),
+    )
     run.sample("spans.txt", show_spans(model, tokenizer, scored[0], 8))
 
-    set_seed(training.seed)
-    fresh, trained = type(model)(model.config), type(model)(model.config)
-    trained.load_state_dict(model.state_dict())
-    return figures | compare_tasks(config, run, tokenizer, trained, fresh)
+    return figures | compare_tasks(config, run, tokenizer, *two_starts(model, training.seed))
 
 
 def show_spans(model: Any, tokenizer: Any, batch: dict[str, Tensor], rows: int) -> str:

@@ -79,7 +79,7 @@ class Config:
 # ------------------------------------------------------------------------------------- what pretraining bought
 
 
-def classifier(model: Any, classes: int) -> torch.nn.Module:
+def classifier(model: Any, names: list[str]) -> torch.nn.Module:
     """softmax(h W), h the last hidden state of [SOS] (section 2.5), under the bidirectional mask."""
     import torch
     from torch.nn import functional as F
@@ -91,7 +91,7 @@ def classifier(model: Any, classes: int) -> torch.nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.model = model
-            self.head = torch.nn.Linear(model.config.hidden_size, classes)
+            self.head = torch.nn.Linear(model.config.hidden_size, len(names))
             torch.nn.init.normal_(self.head.weight, std=model.config.initializer_range)
             torch.nn.init.zeros_(self.head.bias)
 
@@ -105,19 +105,15 @@ def classifier(model: Any, classes: int) -> torch.nn.Module:
 
 
 def compare_classification(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any
 ) -> dict[str, float]:
     """Accuracy of the classifier on held-out rows, from both starts."""
-    import torch
-
-    from recipes.common.downstream import accuracy, class_names, compare_starts, load_rows
+    from recipes.common.downstream import compare_classifiers, two_starts
     from recipes.common.prefix_masks import BIDIRECTIONAL, Sample, batch_of
 
     settings, training = config.classification, config.training
-    rows, test = load_rows(settings, "classification")
-    names = class_names(rows, test)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def inputs(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         samples = []
         for row in rows:
             texts = encode_plain(tokenizer, [part for part in (row["text"], row["text_pair"]) if part is not None])
@@ -125,30 +121,23 @@ def compare_classification(
             segments = [[*ids[:room], marks.end] for ids in texts]
             tokens = [marks.start, *(token for segment in segments for token in segment)]
             samples.append(Sample(tokens, [-100] * len(tokens), 1 + len(segments[0]), BIDIRECTIONAL))
-        return {**batch_of(samples, marks), "labels": torch.tensor([names.index(row["label"]) for row in rows])}
+        return batch_of(samples, marks)
 
-    def score(model: torch.nn.Module) -> dict[str, float]:
-        return {"accuracy": accuracy(model, test, collate, training.bf16)}
-
-    starts = []
-    for start in (pretrained, fresh):
-        torch.manual_seed(training.seed)  # the new layer is the same in both
-        starts.append(classifier(start, len(names)))
-    return compare_starts(starts[0], starts[1], rows, collate, settings, score, training, run, "classification")
+    starts = two_starts(model, training.seed)
+    return compare_classifiers(starts, classifier, inputs, settings, training, run, "classification")
 
 
-def compare_generation(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, pretrained: Any, fresh: Any
-) -> dict[str, float]:
+def compare_generation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
     """Loss of the masked tokens of held-out targets, and the words that written ones share with them, from both starts."""
-    from recipes.common.downstream import compare_starts, load_rows
-    from recipes.common.draws import generator, mean_loss, word_overlap
+    from recipes.common.downstream import compare_starts, load_rows, two_starts, written_score
+    from recipes.common.draws import generator
     from recipes.common.prefix_masks import answer_sample, batch_of, train_on_cloze, write
 
     settings, training, unilm = config.generation, config.training, config.unilm
     rows, test = load_rows(settings, "pair")
     shown = test[: unilm.written]
-    names = iter(("pretrained", "from-scratch"))
+    room = settings.max_length - unilm.longest_answer - 3
+    asked = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
     steps = itertools.cycle(range(settings.steps))  # the second start gets the first one's masks
 
     def batch(rows: list[dict[str, Any]], seed: int, draw: int) -> dict[str, Tensor]:
@@ -159,16 +148,18 @@ def compare_generation(
             [answer_sample(s, t, marks, rng, settings.max_length, unilm.answer_mask_rate) for s, t in both], marks
         )
 
-    def score(model: Any) -> dict[str, float]:
-        batches = [batch(test[i : i + 32], 0, i) for i in range(0, len(test), 32)]
-        room = settings.max_length - unilm.longest_answer - 3
-        sources = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
-        texts = [tokenizer.decode(ids) for ids in write(model, sources, marks, unilm.longest_answer, training.bf16)]
-        lines = [f"{r['source']}\n  wanted: {r['target']}\n  wrote:  {t}" for r, t in zip(shown, texts, strict=True)]
-        run.sample(f"answers-{next(names)}.txt", "\n\n".join(lines))
-        overlap = word_overlap(texts, [row["target"] for row in shown])
-        return {"loss": mean_loss(model, batches, training), "overlap": overlap}
-
+    score = written_score(
+        [row["source"] for row in shown],
+        [row["target"] for row in shown],
+        lambda model: [
+            tokenizer.decode(ids) for ids in write(model, asked, marks, unilm.longest_answer, training.bf16)
+        ],
+        [batch(test[i : i + 32], 0, i) for i in range(0, len(test), 32)],
+        training,
+        run,
+        "answers",
+    )
+    pretrained, fresh = two_starts(model, training.seed)
     for start in (pretrained, fresh):
         train_on_cloze(start)
     return compare_starts(
@@ -227,10 +218,11 @@ def check(config: Config, model: Any) -> None:
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
-    from transformers import AutoModelForPreTraining, Trainer, set_seed
+    from transformers import AutoModelForPreTraining, Trainer
 
     from recipes.common.data import load_data
-    from recipes.common.draws import generator, mean_loss, numbered, unigram_loss
+    from recipes.common.draws import generator, numbered, pretrain_and_score
+    from recipes.common.held_out import mean_loss
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
@@ -242,8 +234,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         pretraining_sample,
         train_on_cloze,
     )
-    from recipes.common.preflight import preflight
-    from recipes.common.training import fit, total_steps
 
     unilm, training = config.unilm, config.training
     tokenizer = load_tokenizer(config.model, run)
@@ -283,32 +273,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    batches = iter(trainer.get_train_dataloader())
-    seen = [next(batches)]
-    preflight(run, model, seen[0], args=training, total_steps=total_steps(trainer))
-    seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
-    scored = cloze_alone(held_out_batches())
-    figures = {
-        "unigram_loss": unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer)),
-        "untrained_loss": mean_loss(model, scored, training),
-    }
-    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
-    run.save_model(model, tokenizer)
-    run.plot_curve("loss", "loss")
-    figures["eval_loss"] = mean_loss(model, scored, training)
+    figures = pretrain_and_score(
+        trainer, tokenizer, cloze_alone(held_out_batches()), run, time_limit_minutes=config.run.time_limit_minutes
+    )
     for kind, name in enumerate(KINDS):
         figures[f"eval_loss_{name}"] = mean_loss(model, cloze_alone(held_out_batches(kind, 200)), training)
     figures["next_sentence_accuracy"] = next_sentence_accuracy(model, held_out_batches(BIDIRECTIONAL), training)
 
-    def starts() -> tuple[Any, Any]:
-        """The pretrained weights, and random ones."""
-        set_seed(training.seed)
-        fresh, trained = type(model)(model.config), type(model)(model.config)
-        trained.load_state_dict(model.state_dict())
-        return trained, fresh
-
-    figures |= compare_classification(config, run, tokenizer, marks, *starts())
-    figures |= compare_generation(config, run, tokenizer, marks, *starts())
+    figures |= compare_classification(config, run, tokenizer, marks, model)
+    figures |= compare_generation(config, run, tokenizer, marks, model)
     return figures
 
 

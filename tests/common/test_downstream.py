@@ -94,3 +94,23 @@ def test_rows_of_a_builtin_set_and_their_classes() -> None:
         class_names([rows[0]], held_out)
     with pytest.raises(UserError, match="none of the 2 training rows"):
         class_names([{"label": "a"}, {"label": "b"}], [{"label": "c"}])
+
+
+def test_two_starts_are_copies_of_the_trained_weights_and_of_random_ones() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from recipes.common.downstream import two_starts
+
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pretrained, fresh = two_starts(model, 0)
+    _, again = two_starts(model, 0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(pretrained.state_dict()[name], before[name])
+    assert not torch.equal(fresh.state_dict()[name], before[name])
+    assert torch.equal(fresh.state_dict()[name], again.state_dict()[name])
+    with torch.no_grad():
+        pretrained.state_dict()[name].zero_()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

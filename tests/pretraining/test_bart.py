@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 import torch
 from tiny_chat import command_line, make_tokenizer
 
-from recipes.common.run_folder import RunFolder
 from recipes.pretraining import bart
 
 MODEL = {
@@ -171,29 +168,9 @@ def test_the_source_encoder_stands_where_the_tokens_were_looked_up() -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_to_the_same_weights(
-    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The corruptions too are those of the run that was not stopped."""
-    options = {"training__max_steps": 12, "training__save_steps": 5}
-    whole = run_in_process(bart, tiny(sources, "--run.name", "whole", **options), tmp_path)
-    assert whole.code == 0, whole.err
-
-    plain = RunFolder.log
-
-    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
-        plain(self, step, **figures)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", log_and_stop)
-        assert run_in_process(bart, tiny(sources, "--run.name", "parts", **options), tmp_path).code == 130
-    resumed = run_in_process(bart, tiny(sources, "--run.name", "parts", "--run.resume", "true", **options), tmp_path)
-    assert resumed.code == 0, resumed.err
-    losses = [[row["loss"] for row in run.history()] for run in (whole, resumed)]
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-5)
+    resumes_to_the_same_losses(bart, tiny(sources, training__max_steps=12, training__save_steps=5))
 
 
 @pytest.mark.parametrize(
@@ -211,16 +188,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         ({"model__config": '{"model_type": "t5", "d_model": 32}'}, "model_type"),
     ],
 )
-def test_bad_input_is_one_clear_error(
-    run_in_process: Any, sources: Path, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    done = run_in_process(bart, tiny(sources, **changes), tmp_path)
-    assert done.code == 2
-    assert said in done.err and "Traceback" not in done.err
-    assert not list(tmp_path.iterdir())
+def test_bad_input_is_one_clear_error(refuses: Any, sources: Path, changes: dict[str, Any], said: str) -> None:
+    refuses(bart, tiny(sources, **changes), said)
 
 
-def test_a_dry_run_trains_nothing(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
-    done = run_in_process(bart, tiny(sources, "--dry-run"), tmp_path)
-    assert done.code == 0, done.err
-    assert "dry run" in done.out and not list(tmp_path.iterdir())
+def test_a_dry_run_trains_nothing(dry_runs: Any, sources: Path) -> None:
+    dry_runs(bart, tiny(sources))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 import torch
 from tiny_chat import command_line, make_tokenizer
 
-from recipes.common.run_folder import RunFolder
 from recipes.pretraining import bert
 
 MODEL = {
@@ -93,28 +90,9 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
         assert torch.equal(whole(**batch).prediction_logits, cloze(**batch).logits)
 
 
-def test_a_stopped_run_resumes_to_the_same_losses(
-    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The hidden words and the other documents' texts too are those of the run that was not stopped."""
-    options = {"training__max_steps": 12, "training__save_steps": 5}
-    whole = run_in_process(bert, tiny(sources, "--run.name", "whole", **options), tmp_path)
-    assert whole.code == 0, whole.err
-    plain = RunFolder.log
-
-    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
-        plain(self, step, **figures)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", log_and_stop)
-        assert run_in_process(bert, tiny(sources, "--run.name", "parts", **options), tmp_path).code == 130
-    resumed = run_in_process(bert, tiny(sources, "--run.name", "parts", "--run.resume", "true", **options), tmp_path)
-    assert resumed.code == 0, resumed.err
-    losses = [[row["loss"] for row in run.history()] for run in (whole, resumed)]
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-5)
+    resumes_to_the_same_losses(bert, tiny(sources, training__max_steps=12, training__save_steps=5))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +108,8 @@ def test_a_stopped_run_resumes_to_the_same_losses(
         ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "model_type"),
     ],
 )
-def test_bad_input_is_one_clear_error(
-    run_in_process: Any, sources: Path, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    done = run_in_process(bert, tiny(sources, **changes), tmp_path)
-    assert done.code == 2
-    assert said in done.err and "Traceback" not in done.err
-    assert not list(tmp_path.iterdir())
+def test_bad_input_is_one_clear_error(refuses: Any, sources: Path, changes: dict[str, Any], said: str) -> None:
+    refuses(bert, tiny(sources, **changes), said)
 
 
 def test_one_document_alone_is_refused(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
@@ -146,7 +119,28 @@ def test_one_document_alone_is_refused(run_in_process: Any, sources: Path, tmp_p
     assert done.code == 2 and "takes two documents" in done.err and "Traceback" not in done.err
 
 
-def test_a_dry_run_trains_nothing(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
-    done = run_in_process(bert, tiny(sources, "--dry-run"), tmp_path)
-    assert done.code == 0, done.err
-    assert "dry run" in done.out and not list(tmp_path.iterdir())
+def test_a_dry_run_trains_nothing(dry_runs: Any, sources: Path) -> None:
+    dry_runs(bert, tiny(sources))
+
+
+def test_the_loss_of_the_hidden_tokens_alone_is_the_librarys_with_its_gradients() -> None:
+    from transformers import BertConfig, BertForPreTraining
+
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig(vocab_size=99, **{k: v for k, v in MODEL.items() if k != "model_type"}))
+    ids = torch.randint(5, 99, (3, 40))
+    labels = torch.where(torch.rand(3, 40) < 0.2, torch.randint(5, 99, (3, 40)), -100)
+    labels[:, 0] = -100  # [CLS]
+    batch = {"input_ids": ids, "labels": labels, "next_sentence_label": torch.tensor([0, 1, 1])}
+    found = []
+    for _ in range(2):  # the library's, then ours
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+        bert.predict_hidden(model)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        assert model(input_ids=ids).prediction_logits.shape == (3, 40, 99)  # without labels: the library's forward

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from tiny_chat import command_line, make_tokenizer
 from recipes.common.blank_infilling import add_marks, answer_batch, batch_of, infill, write
 from recipes.common.errors import UserError
 from recipes.common.modeling_blank_infilling import BlankInfillingConfig, BlankInfillingModel
-from recipes.common.run_folder import RunFolder
 from recipes.pretraining import glm
 
 
@@ -106,30 +103,9 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
         assert not torch.equal(ours(**changed).logits[0, place], logits[0, place])
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(
-    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The corruptions too are those of the run that was not stopped."""
-    options = {"training__max_steps": 12, "training__save_steps": 5}
-    whole = run_in_process(glm, tiny(sources, "--run.name", "whole", **options), tmp_path)
-    assert whole.code == 0, whole.err
-
-    plain = RunFolder.log
-
-    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
-        plain(self, step, **figures)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", log_and_stop)
-        assert run_in_process(glm, tiny(sources, "--run.name", "parts", **options), tmp_path).code == 130
-    resumed = run_in_process(glm, tiny(sources, "--run.name", "parts", "--run.resume", "true", **options), tmp_path)
-    assert resumed.code == 0, resumed.err
-    losses = [[row["loss"] for row in run.history()] for run in (whole, resumed)]
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-5)
-    assert resumed.figures["unigram_loss"] == whole.figures["unigram_loss"]
+    resumes_to_the_same_losses(glm, tiny(sources, training__max_steps=12, training__save_steps=5))
 
 
 @pytest.mark.parametrize(
@@ -145,19 +121,12 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "blank_infilling"),
     ],
 )
-def test_bad_input_is_one_clear_error(
-    run_in_process: Any, sources: Path, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    done = run_in_process(glm, tiny(sources, **changes), tmp_path)
-    assert done.code == 2
-    assert said in done.err and "Traceback" not in done.err
-    assert not list(tmp_path.iterdir())
+def test_bad_input_is_one_clear_error(refuses: Any, sources: Path, changes: dict[str, Any], said: str) -> None:
+    refuses(glm, tiny(sources, **changes), said)
 
 
-def test_a_dry_run_trains_nothing(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
-    done = run_in_process(glm, tiny(sources, "--dry-run"), tmp_path)
-    assert done.code == 0, done.err
-    assert "dry run" in done.out and not list(tmp_path.iterdir())
+def test_a_dry_run_trains_nothing(dry_runs: Any, sources: Path) -> None:
+    dry_runs(glm, tiny(sources))
 
 
 # ----------------------------------------------------------------------------------------- classes and answers

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -152,26 +150,9 @@ def test_gpt3_is_asked_with_no_one_and_a_few_examples(run_in_process: Any, sourc
     assert shown.count("Answer: ") == 2 and shown.endswith("Answer:")
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(
-    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(stop_and_resume: Any, sources: Path) -> None:
     short = {"training__max_steps": 12, "training__save_steps": 6}
-    whole = run_in_process(gpt, tiny(sources, "gpt3", "--run.name", "whole", **short), tmp_path)
-    assert whole.code == 0, whole.err
-    plain = RunFolder.log
-
-    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
-        plain(self, step, **figures)
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", log_and_stop)
-        stopped = run_in_process(gpt, tiny(sources, "gpt3", "--run.name", "parts", **short), tmp_path)
-    assert stopped.code == 130, stopped.err
-    again = tiny(sources, "gpt3", "--run.name", "parts", "--run.resume", "true", **short)
-    resumed = run_in_process(gpt, again, tmp_path)
-    assert resumed.code == 0, resumed.err
+    whole, _, resumed = stop_and_resume(gpt, tiny(sources, "gpt3", **short), 7)
     assert "resuming after step 8" in resumed.out
     assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-4)
     assert resumed.figures["untrained_loss"] == whole.figures["untrained_loss"]
@@ -251,12 +232,12 @@ def test_the_loss_by_position_is_the_models_own() -> None:
 
 
 def test_the_unigram_loss_by_hand() -> None:
-    """Counts 3, 1, 0 plus one of 7: the targets are the held-out tokens but the first."""
+    """Counts 3, 1, 0 plus one of 7; a label of -100 is no target."""
     expected = -(math.log(4 / 7) + math.log(1 / 7)) / 2
-    assert unigram_loss([[0, 0], [0, 1]], [[2, 0, 2]], 3) == pytest.approx(expected)
+    assert unigram_loss([torch.tensor([[0, 0], [0, 1]])], [torch.tensor([[-100, 0, 2]])], 3) == pytest.approx(expected)
     rng = np.random.default_rng(0)
-    drawn = rng.choice(3, (100, 100), p=[0.5, 0.25, 0.25]).tolist()
-    assert unigram_loss(drawn, drawn, 3) == pytest.approx(1.5 * math.log(2), rel=0.01)  # the source's entropy
+    drawn = torch.from_numpy(rng.choice(3, (100, 100), p=[0.5, 0.25, 0.25]))
+    assert unigram_loss([drawn], [drawn], 3) == pytest.approx(1.5 * math.log(2), rel=0.01)  # the source's entropy
 
 
 def test_held_out_blocks_lose_at_most_one_blocks_tail() -> None:

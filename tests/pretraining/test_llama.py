@@ -6,8 +6,6 @@ import collections
 import itertools
 import json
 import math
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_chat import make_model, make_tokenizer
 
-from recipes.common.run_folder import RunFolder
 from recipes.pretraining import llama
 
 
@@ -103,31 +100,10 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
     assert model(input_ids=ids, labels=ids).loss.item() < unigram_entropy((sources / "text.txt").read_text())
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(
-    run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_in_process(llama, tiny(sources, "--run.name", "whole", training__max_steps=20), tmp_path)
-    assert whole.code == 0, whole.err
-
-    plain = RunFolder.log
-
-    def log_and_stop(self: RunFolder, step: int, **figures: Any) -> None:
-        plain(self, step, **figures)
-        if step == 13:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "log", log_and_stop)
-        stopped = run_in_process(llama, tiny(sources, "--run.name", "parts", training__max_steps=20), tmp_path)
-    assert stopped.code == 130
+def test_a_stopped_run_resumes_to_the_same_weights(stop_and_resume: Any, sources: Path) -> None:
+    whole, stopped, resumed = stop_and_resume(llama, tiny(sources, training__max_steps=20), 13)
     assert "SIGINT" in stopped.err and "--run.resume true" in stopped.err and "Traceback" not in stopped.err
     assert (stopped.folder / "checkpoints/checkpoint-14/complete").exists()
-    assert not stopped.figures and not (stopped.folder / "model").exists()
-
-    resumed = run_in_process(
-        llama, tiny(sources, "--run.name", "parts", "--run.resume", "true", training__max_steps=20), tmp_path
-    )
-    assert resumed.code == 0, resumed.err
     assert "resuming after step 14" in resumed.out
     assert [row["step"] for row in resumed.history()] == list(range(1, 21))
     ours, theirs = ([row["loss"] for row in run.history()] for run in (resumed, whole))

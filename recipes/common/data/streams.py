@@ -64,7 +64,7 @@ def _stream_source(source: Source, data: Data, kind: Kind) -> dict[str, datasets
     # a prompt keeps whatever columns the source has, so its types are known only once it is read
     features = None
     if kind != "prompt":
-        types = arrow_types(kind) | ({} if kind in formats.WITHOUT_TURNS else {"tools": pa.string()})
+        types = arrow_types(kind) | ({"tools": pa.string()} if kind in formats.WITH_TOOLS else {})
         features = datasets.Features.from_arrow_schema(pa.schema(list(types.items())))
     streams = {}
     for side, (split, is_held_out) in sides.items():
@@ -152,10 +152,7 @@ class _StreamRow:
             return None
         if self.chosen is not None and self._is_held_out(content) != self.chosen[0]:
             return None
-        if self.kind not in (
-            *formats.WITHOUT_TURNS,
-            "prompt",
-        ):  # the features of a stream are fixed before its first row is read
+        if self.kind in formats.WITH_TOOLS:  # the features of a stream are fixed before its first row is read
             result.setdefault("tools", None)
         return result
 
@@ -189,6 +186,6 @@ class _StreamBatch:
         if self.turn.report.bad > bad:  # a stream need not end, so what was skipped is said as it happens
             say(f"data: {self.turn.part.shown}: skipped {self.turn.report.bad} of {self.turn.report.total} rows so far")
         keys = dict.fromkeys([*self.turn.types, *(name for row in results for name in row)])
-        if self.turn.kind not in (*formats.WITHOUT_TURNS, "prompt"):
+        if self.turn.kind in formats.WITH_TOOLS:
             keys["tools"] = None
         return {key: [row.get(key) for row in results] for key in keys}

@@ -1,0 +1,82 @@
+"""What the tests of all pretraining recipes ask of a run: it resumes to the same course, refuses bad input, dry-runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from recipes.common.run_folder import RunFolder
+
+
+@pytest.fixture
+def stop_and_resume(
+    run_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[ModuleType, Sequence[str], int], tuple[Any, Any, Any]]:
+    """Run a recipe whole, and once more with an interrupt at a step and then resumed: (whole, stopped, resumed)."""
+
+    def run(recipe: ModuleType, argv: Sequence[str], step: int) -> tuple[Any, Any, Any]:
+        whole = run_in_process(recipe, [*argv, "--run.name", "whole"], tmp_path)
+        assert whole.code == 0, whole.err
+        plain = RunFolder.log
+
+        def log_and_stop(self: RunFolder, at: int, **figures: Any) -> None:
+            plain(self, at, **figures)
+            if at == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        parts = [*argv, "--run.name", "parts"]
+        with monkeypatch.context() as patched:
+            patched.setattr(RunFolder, "log", log_and_stop)
+            stopped = run_in_process(recipe, parts, tmp_path)
+        assert stopped.code == 130, stopped.err
+        assert not stopped.figures and not (stopped.folder / "model").exists()
+        resumed = run_in_process(recipe, [*parts, "--run.resume", "true"], tmp_path)
+        assert resumed.code == 0, resumed.err
+        return whole, stopped, resumed
+
+    return run
+
+
+@pytest.fixture
+def resumes_to_the_same_losses(stop_and_resume: Any) -> Callable[[ModuleType, Sequence[str]], None]:
+    """A command line of 12 steps, interrupted after 6: every loss is that of the run that was not stopped."""
+
+    def check(recipe: ModuleType, argv: Sequence[str]) -> None:
+        whole, _, resumed = stop_and_resume(recipe, argv, 6)
+        losses = [[row["loss"] for row in run.history()] for run in (whole, resumed)]
+        assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+        assert resumed.figures["eval_loss"] == pytest.approx(whole.figures["eval_loss"], abs=1e-5)
+        assert resumed.figures["unigram_loss"] == whole.figures["unigram_loss"]
+
+    return check
+
+
+@pytest.fixture
+def refuses(run_in_process: Any, tmp_path: Path) -> Callable[[ModuleType, Sequence[str], str], None]:
+    """The command line is answered with one clear error that says this, exit code 2, and nothing is written."""
+
+    def check(recipe: ModuleType, argv: Sequence[str], said: str) -> None:
+        done = run_in_process(recipe, argv, tmp_path)
+        assert done.code == 2
+        assert said in done.err and "Traceback" not in done.err
+        assert not list(tmp_path.iterdir())
+
+    return check
+
+
+@pytest.fixture
+def dry_runs(run_in_process: Any, tmp_path: Path) -> Callable[[ModuleType, Sequence[str]], None]:
+    """A dry run of the command line succeeds and writes nothing."""
+
+    def check(recipe: ModuleType, argv: Sequence[str]) -> None:
+        done = run_in_process(recipe, [*argv, "--dry-run"], tmp_path)
+        assert done.code == 0, done.err
+        assert "dry run" in done.out and not list(tmp_path.iterdir())
+
+    return check
