@@ -24,55 +24,37 @@ from recipes.common.run_folder import write_atomically  # noqa: E402
 
 STORE = ROOT / "benchmarks" / "recipes.json"
 
+# What several figures are, English and Chinese.
+PACKAGES_TOLD = ("of held-out docstrings put to their package, 512 labels", "留出文档串归包正确（512 个标注）")
+SUMMARY_LOSS = ("nats a token of a docstring's first sentence", "奈特/摘要词元")
 # What stands in the table of the README: figure, what it is (English, Chinese), its baseline.
 HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
     "tokenizer": [("bytes_per_token", "bytes a token", "字节/词元", "baseline_bytes_per_token")],
     "llama": [("bits_per_byte", "bits a byte, held-out files", "比特/字节（留出文件）", "xz_primed_bits_per_byte")],
     "bert": [
-        (
-            "classification_accuracy",
-            "of held-out docstrings put to their package, 512 labels",
-            "留出文档串归包正确（512 个标注）",
-            "baseline_classification_accuracy",
-        ),
+        ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
         ("eval_loss", "nats a hidden token", "奈特/被遮词元", "unigram_loss"),
     ],
     "gpt": [
-        (
-            "pydocs_package_accuracy",
-            "of held-out docstrings put to their package, 512 labels",
-            "留出文档串归包正确（512 个标注）",
-            "baseline_pydocs_package_accuracy",
-        ),
+        ("pydocs_package_accuracy", *PACKAGES_TOLD, "baseline_pydocs_package_accuracy"),
         ("eval_loss", "nats a token", "奈特/词元", "unigram_loss"),
     ],
     "glm": [
+        ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
+        ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
+    ],
+    "t5": [
+        ("eval_loss", "nats a token of the spans cut out", "奈特/被删片段词元", "unigram_loss"),
         (
-            "classification_accuracy",
-            "of held-out docstrings put to their package, 512 labels",
-            "留出文档串归包正确（512 个标注）",
-            "baseline_classification_accuracy",
-        ),
-        (
-            "generation_loss",
-            "nats a token of a docstring's first sentence",
-            "奈特/摘要词元",
-            "baseline_generation_loss",
+            "task_classification",
+            "of held-out packages written right",
+            "留出文档串写对包名",
+            "baseline_task_classification",
         ),
     ],
     "unilm": [
-        (
-            "classification_accuracy",
-            "of held-out docstrings put to their package, 512 labels",
-            "留出文档串归包正确（512 个标注）",
-            "baseline_classification_accuracy",
-        ),
-        (
-            "generation_loss",
-            "nats a token of a docstring's first sentence",
-            "奈特/摘要词元",
-            "baseline_generation_loss",
-        ),
+        ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
+        ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
     ],
     "full": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],
     "lora": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],

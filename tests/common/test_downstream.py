@@ -101,6 +101,7 @@ def test_two_starts_are_copies_of_the_trained_weights_and_of_random_ones() -> No
 
     from recipes.common.downstream import two_starts
 
+    torch.manual_seed(7)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )

@@ -1,7 +1,9 @@
-"""What the tests of all pretraining recipes ask of a run: it resumes to the same course, refuses bad input, dry-runs."""
+"""What the tests of the pretraining recipes share: a small grammar to learn, and what is asked of every run."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -10,8 +12,26 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tiny_chat import make_tokenizer
 
 from recipes.common.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes, text.txt, labelled rows, scored pairs and pairs, all of one small grammar."""
+    folder = tmp_path_factory.mktemp("sources")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    nouns, verbs = ("cat", "dog", "owl", "fox"), ("sat", "ran", "hid", "lay")
+    lines = [f"the {a} {verb} by the {b} again and again." for a, verb, b in itertools.product(nouns, verbs, nouns)]
+    (folder / "text.txt").write_text("\n".join(lines * 4) + "\n")
+    for name, rows in (
+        ("classes", [{"text": f"the {n} {v} by", "label": n} for n in nouns for v in verbs]),
+        ("scores", [{"text": n, "text_pair": v, "label": str(i)} for i, n in enumerate(nouns) for v in verbs]),
+        ("pairs", [{"source": f"the {n} {v}", "target": f"{v} {n}"} for n in nouns for v in verbs]),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    return folder
 
 
 @pytest.fixture

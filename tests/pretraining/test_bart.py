@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import command_line, make_tokenizer
+from tiny_chat import command_line
 
 from recipes.pretraining import bart
 
@@ -19,22 +18,6 @@ MODEL = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 48,
     "dropout": 0.0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of bytes, text.txt, labelled rows and pairs, all of one small grammar."""
-    folder = tmp_path_factory.mktemp("sources")
-    make_tokenizer().save_pretrained(folder / "tokenizer")
-    nouns, verbs = ("cat", "dog", "owl", "fox"), ("sat", "ran", "hid", "lay")
-    lines = [f"the {a} {verb} by the {b} again and again." for a, verb, b in itertools.product(nouns, verbs, nouns)]
-    (folder / "text.txt").write_text("\n".join(lines * 4) + "\n")
-    for name, rows in (
-        ("classes", [{"text": f"the {n} {v} by", "label": n} for n in nouns for v in verbs]),
-        ("pairs", [{"source": f"the {n} {v}", "target": f"{v} {n}"} for n in nouns for v in verbs]),
-    ):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
-    return folder
 
 
 def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:

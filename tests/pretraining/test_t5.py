@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,30 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import command_line, make_tokenizer
+from tiny_chat import command_line
 
 from recipes.pretraining import t5
 
 MODEL = {
     "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of bytes, text.txt, labelled rows, scored pairs and pairs, all of one small grammar."""
-    folder = tmp_path_factory.mktemp("sources")
-    make_tokenizer().save_pretrained(folder / "tokenizer")
-    nouns, verbs = ("cat", "dog", "owl", "fox"), ("sat", "ran", "hid", "lay")
-    lines = [f"the {a} {verb} by the {b} again and again." for a, verb, b in itertools.product(nouns, verbs, nouns)]
-    (folder / "text.txt").write_text("\n".join(lines * 4) + "\n")
-    for name, rows in (
-        ("classes", [{"text": f"the {n} {v} by", "label": n} for n in nouns for v in verbs]),
-        ("scores", [{"text": n, "text_pair": v, "label": str(i)} for i, n in enumerate(nouns) for v in verbs]),
-        ("pairs", [{"source": f"the {n} {v}", "target": f"{v} {n}"} for n in nouns for v in verbs]),
-    ):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
-    return folder
 
 
 def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
