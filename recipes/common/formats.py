@@ -1,4 +1,4 @@
-"""Any known schema in, one canonical row out: pure functions, no files, no heavy imports.
+"""Any known schema in, one canonical row out: pure functions, no files, no heavy imports (turns.py reads the turns).
 
     text          {"text": str}
     conversation  {"messages": [{"role": "system|user|assistant|tool", "content": str}, ...]}, the answer last
@@ -14,15 +14,24 @@ for, or refused with the reason. Whatever is wrong with a row is a `BadRow` that
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+from recipes.common.row_values import BadRow, listed, nearest, numbers, one_of, shown, shown_type, string, unjson
+from recipes.common.turns import (
+    Message,
+    check_order,
+    check_prompt,
+    context_turns,
+    hh_turns,
+    prompt_turns,
+    read_messages,
+    tools_json,
+    with_system,
+)
+
 Kind = Literal["text", "conversation", "preference", "prompt", "classification", "pair", "image", "image_caption"]
-Message = dict[str, str]
 
 # Our name of a column -> the names that it goes by in the wild, most telling first.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -51,31 +60,6 @@ OPTIONAL = frozenset({"input", "system", "history", "tools", "text_pair"})
 # Kinds whose rows have no turns, and so no tools; and those that say which tools they have among their own columns.
 WITHOUT_TURNS = ("text", "classification", "pair")
 WITH_TOOLS = ("conversation", "preference")
-
-ROLES: dict[str, str] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "tool_response": "tool",
-}
-# Whose turn may come after whose; None is the start.
-FOLLOWS: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
 
 # What a native kind can serve as.
 SERVES: dict[str, tuple[str, ...]] = {
@@ -120,12 +104,6 @@ WHY_NOT: dict[tuple[str, str], str] = {
     ("prompt", "preference"): "there are no answers to rank",
 }
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class BadRow(ValueError):
-    """One row cannot be used. The text says what is wrong with it and how to put it right."""
-
 
 def misfit(native: str, kind: str) -> str | None:
     """Why rows of kind `native` cannot serve as `kind`, and what they can serve as; None if they can."""
@@ -133,7 +111,7 @@ def misfit(native: str, kind: str) -> str | None:
         return None
     reason = WHY_NOT.get((native, kind), f"{HOLDS[kind]} are needed")
     return (
-        f"holds {HOLDS[native]}, which cannot serve as {kind!r}: {reason}. It can serve as {_or(SERVES[native])}. "
+        f"holds {HOLDS[native]}, which cannot serve as {kind!r}: {reason}. It can serve as {one_of(SERVES[native])}. "
         f"For {kind!r} a row needs {NEEDS[kind]}"
     )
 
@@ -178,7 +156,7 @@ def canonical_row(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str]
         return result
     if kind == "prompt":
         check_prompt(result["prompt"])
-    if "tools" in names and names["tools"] in present and (tools := _tools(present[names["tools"]])):
+    if "tools" in names and names["tools"] in present and (tools := tools_json(present[names["tools"]])):
         result["tools"] = tools
     if kind == "prompt":
         taken = {names[ours] for ours in (*used, "tools") if ours in names} | set(result)
@@ -220,14 +198,6 @@ def picked_columns(keys: Iterable[str], kind: Kind, columns: Mapping[str, str] |
         if ours not in names:
             raise BadRow(_missing([ours], keys, kind))
     return {ours: names[ours] for ours in wanted}
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of `words` that `word` may be a misspelling or the beginning of, or None."""
-    others = [w for w in words if w != word]
-    found = difflib.get_close_matches(word.lower(), others, n=1, cutoff=0.75)
-    longer = [w for w in others if len(word) > 2 and w.startswith(word)]
-    return next(iter([*found, *longer]), None)
 
 
 # --- which schema ---------------------------------------------------------------------------------
@@ -297,7 +267,7 @@ def _schema_or_problem(
             near = nearest(theirs, columns)
             return (
                 f"data.columns maps {ours} to {theirs!r}, which is not there"
-                f"{f' (did you mean {near!r}?)' if near else ''}. Columns: {_listed(columns)}"
+                f"{f' (did you mean {near!r}?)' if near else ''}. Columns: {listed(columns)}"
             )
     names = _names(keys, mapping)
     mapped = {ours for ours, theirs in mapping if theirs in keys}
@@ -313,7 +283,7 @@ def _schema_or_problem(
     filled = _names(columns, mapping)
     nulls = [theirs for ours, theirs in filled.items() if theirs not in keys and ours not in OPTIONAL]
     if nulls and any(all(o in filled for o in form) for schema in _TRIED[kind] for form in _SCHEMAS[schema]):
-        return f"{_listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null; for {kind!r} a row needs {NEEDS[kind]}"
+        return f"{listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null; for {kind!r} a row needs {NEEDS[kind]}"
     # A half is nearer to what the user meant than another kind is: what is missing comes before what it can serve as.
     halves = {
         "conversation": ("prompt", "completion"),
@@ -344,7 +314,7 @@ def _missing(lacks: Sequence[str], columns: tuple[str, ...], kind: str) -> str:
         for alias in ALIASES[ours]:
             if near := nearest(alias, unknown):
                 return (
-                    f"no column {alias!r}; nearest is {near!r}. Columns: {_listed(columns)}. "
+                    f"no column {alias!r}; nearest is {near!r}. Columns: {listed(columns)}. "
                     f"If {near!r} is it, set data.columns: {{{ours}: {near}}}"
                 )
     what = f"no {lacks[0]} column" if len(lacks) == 1 else "no column is one that is known"
@@ -353,7 +323,7 @@ def _missing(lacks: Sequence[str], columns: tuple[str, ...], kind: str) -> str:
     ]  # the simpler of the forms as an example
     example = ", ".join(f"{ours}: THEIRS" for ours in wanted)
     return (
-        f"{what}. Columns: {_listed(columns)}. For {kind!r} a row needs {NEEDS[kind]}; "
+        f"{what}. Columns: {listed(columns)}. For {kind!r} a row needs {NEEDS[kind]}; "
         f"say which column is which: data.columns: {{{example}}}"
     )
 
@@ -363,7 +333,7 @@ def _missing(lacks: Sequence[str], columns: tuple[str, ...], kind: str) -> str:
 
 
 def _read_text(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
-    return "text", {"text": _string(row[names["text"]], names["text"])}, {"text"}
+    return "text", {"text": string(row[names["text"]], names["text"])}, {"text"}
 
 
 def _read_labelled(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
@@ -371,20 +341,20 @@ def _read_labelled(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[st
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise BadRow(f"{names['label']} is {shown_type(label)}, not the name or the number of a class")
     result = {
-        "text": _string(row[names["text"]], names["text"]),
-        "text_pair": _string(row[second], second) if second is not None and second in row else None,
+        "text": string(row[names["text"]], names["text"]),
+        "text_pair": string(row[second], second) if second is not None and second in row else None,
         "label": str(label),
     }
     return "classification", result, {"text", "text_pair", "label"}
 
 
 def _read_mapped(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
-    result = {ours: _string(row[names[ours]], names[ours]) for ours in ("source", "target")}
+    result = {ours: string(row[names[ours]], names[ours]) for ours in ("source", "target")}
     return "pair", result, {"source", "target"}
 
 
 def _read_turns(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
-    messages = _with_system(read_messages(row[names["messages"]], names["messages"]), row, names)
+    messages = with_system(read_messages(row[names["messages"]], names["messages"]), row, names)
     check_order(messages)
     used = {"messages", "system"}
     if messages[-1]["role"] == "assistant":
@@ -393,7 +363,7 @@ def _read_turns(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, 
 
 
 def _read_answered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
-    messages = _prompt(row, names)
+    messages = prompt_turns(row, names)
     answer = row[names["completion"]]
     if isinstance(answer, str):
         messages = [*messages, {"role": "assistant", "content": answer}]
@@ -416,18 +386,18 @@ def _read_answered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[st
 
 
 def _read_unanswered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
-    messages = _prompt(row, names)
+    messages = prompt_turns(row, names)
     check_order(messages)
     return "prompt", {"prompt": messages}, {"prompt", "input", "system", "history"}
 
 
 def _read_pair(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
     sides: list[tuple[list[Message], bool]] = []  # (turns, whether they hold the whole conversation)
-    context = _context(row, names)
+    context = context_turns(row, names)
     for ours in ("chosen", "rejected"):
         value, name = row[names[ours]], names[ours]
         if isinstance(value, str) and value.startswith("\n\nHuman:"):
-            turns, whole = _hh_turns(value, name), True
+            turns, whole = hh_turns(value, name), True
         elif isinstance(value, str):
             turns, whole = [{"role": "assistant", "content": value}], False
         else:
@@ -456,11 +426,11 @@ def _read_pair(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, d
             raise BadRow(
                 f"chosen and rejected part at turn {turn + 1}, before the last one: they answer different prompts"
             )
-        prompt = _with_system(chosen[:-1], row, names)
+        prompt = with_system(chosen[:-1], row, names)
     else:
         if context is None:
             raise BadRow(
-                f"chosen and rejected hold answers, and no column holds the prompt. Columns: {_listed(row)}; "
+                f"chosen and rejected hold answers, and no column holds the prompt. Columns: {listed(row)}; "
                 "set data.columns: {prompt: THEIRS}"
             )
         if len(chosen) > 1 or len(rejected) > 1:
@@ -476,10 +446,10 @@ def _read_pair(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, d
 
 def _read_k_way(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
     name = names["completions"]
-    prompt = _context(row, names)
+    prompt = context_turns(row, names)
     if prompt is None:
-        raise BadRow(f"no column holds the prompt. Columns: {_listed(row)}; set data.columns: {{prompt: THEIRS}}")
-    values = _unjson(row[name])
+        raise BadRow(f"no column holds the prompt. Columns: {listed(row)}; set data.columns: {{prompt: THEIRS}}")
+    values = unjson(row[name])
     if not isinstance(values, list):
         raise BadRow(f"{name} is {shown_type(values)}, not a list of answers")
     completions = []
@@ -497,13 +467,13 @@ def _read_k_way(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, 
     if len(completions) < 2:
         raise BadRow(f"fewer than 2 ranked completions: {name} holds {len(completions)}")
     if "ranks" in names:
-        order = _numbers(row[names["ranks"]], names["ranks"], len(completions))
+        order = numbers(row[names["ranks"]], names["ranks"], len(completions))
     elif "scores" in names:
-        order = [-score for score in _numbers(row[names["scores"]], names["scores"], len(completions))]
+        order = [-score for score in numbers(row[names["scores"]], names["scores"], len(completions))]
     else:
         raise BadRow(
             f"{name} without their order: add ranks (0 = best) or scores (more is better), "
-            f"or map them with data.columns: {{scores: THEIRS}}. Columns: {_listed(row)}"
+            f"or map them with data.columns: {{scores: THEIRS}}. Columns: {listed(row)}"
         )
     levels = sorted(set(order))
     if len(levels) < 2:
@@ -511,7 +481,7 @@ def _read_k_way(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, 
     place: dict[str, float] = {}
     for answer, rank in zip(completions, order, strict=True):
         if place.setdefault(answer, rank) != rank:
-            raise BadRow(f"the same completion has two different places: {_shown(answer)}")
+            raise BadRow(f"the same completion has two different places: {shown(answer)}")
     best_first = sorted(range(len(order)), key=order.__getitem__)
     check_prompt(prompt)
     result = {
@@ -532,221 +502,3 @@ _READERS = {
     "labelled": _read_labelled,
     "mapped": _read_mapped,
 }
-
-
-# --- turns ----------------------------------------------------------------------------------------
-
-
-def read_messages(value: Any, name: str) -> list[Message]:
-    """Turns in any spelling (role/content, ShareGPT's from/value, one turn alone, JSON in a string) as role/content.
-
-    A function call becomes an assistant's turn that holds the call as JSON, an observation a tool's turn. An empty
-    system turn is left out. Raises BadRow.
-    """
-    value = _unjson(value)
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list):
-        raise BadRow(f"{name} is {shown_type(value)}, not a list of turns such as {{role: user, content: ...}}")
-    messages: list[Message] = []
-    for number, turn in enumerate(value, 1):
-        at = f"{name}, turn {number}" if len(value) > 1 else name
-        if not isinstance(turn, Mapping):
-            raise BadRow(f"{at} is {shown_type(turn)}, not an object such as {{role: user, content: ...}}")
-        if turn.get("role") is not None:
-            said, content = turn["role"], turn.get("content")
-        elif turn.get("from") is not None:
-            said, content = turn["from"], turn.get("value")
-        else:
-            raise BadRow(f"{at} has neither role and content nor from and value; it has {_listed(turn)}")
-        role = ROLES.get(said.lower()) if isinstance(said, str) else None
-        if role is None:
-            near = nearest(str(said), ROLES)
-            hint = f" (did you mean {near!r}?)" if near else ""
-            raise BadRow(f"{at}: unknown role {said!r}{hint}; known are {', '.join(ROLES)}")
-        if calls := turn.get("tool_calls"):
-            said_too = [content] if isinstance(content, str) and content else []
-            content = "\n".join([*said_too, *(_call(call, at) for call in calls)])
-        if isinstance(content, list):  # OpenAI's content parts
-            parts = [p.get("text") if isinstance(p, Mapping) else p for p in content]
-            if not all(isinstance(p, str) for p in parts):
-                raise BadRow(f"{at}: content has parts that are not text")
-            content = "".join(parts)  # type: ignore[arg-type]
-        if content is None:
-            raise BadRow(f"{at} ({said}) has no content")
-        content = _string(content, f"{at} ({said})")
-        if role == "system" and not content.strip():
-            continue
-        messages.append({"role": role, "content": content})
-    if not messages:
-        raise BadRow(f"{name} holds no turns")
-    return messages
-
-
-def check_order(messages: Sequence[Message], name: str = "") -> None:
-    """Raise BadRow unless turns follow one another as they can (system, user, assistant, ...) and say something."""
-    before: str | None = None
-    at = f"{name}: " if name else ""
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        if role not in FOLLOWS[before]:
-            after = f"after {before}" if before else "first"
-            raise BadRow(f"{at}roles out of order: turn {number} is {role}, {after}; expected {_or(FOLLOWS[before])}")
-        if not message["content"].strip() and role != "tool":  # a tool may well answer nothing
-            if role == "assistant":
-                raise BadRow(f"{at}empty answer: turn {number} (assistant) holds no text")
-            raise BadRow(f"{at}turn {number} ({role}) is empty")
-        before = role
-
-
-def check_prompt(messages: Sequence[Message]) -> None:
-    """Raise BadRow unless `messages` is in order and ends where the assistant is to answer."""
-    check_order(messages)
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        last = messages[-1]["role"] if messages else "nobody"
-        raise BadRow(f"the prompt must end with the user's turn; it ends with the turn of {last}")
-
-
-def _prompt(row: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
-    """Turns before the answer, from prompt (+ input, as alpaca) with history and system."""
-    value = row[names["prompt"]] if "prompt" in names else ""
-    extra = _string(row[names["input"]], names["input"]) if "input" in names else ""
-    if isinstance(value, str) and value.startswith("\n\nHuman:"):
-        messages = _hh_turns(value, names["prompt"])
-        if messages[-1] == {"role": "assistant", "content": ""}:  # "...\n\nAssistant:" asks for the answer
-            messages.pop()
-    elif isinstance(value, str):
-        text = "\n".join(part for part in (value, extra) if part.strip())
-        if not text:
-            raise BadRow(f"{names.get('prompt') or names['input']} is empty")
-        messages = [{"role": "user", "content": text}]
-    else:
-        messages = read_messages(value, names["prompt"])
-    history: list[Message] = []
-    if "history" in names:
-        pairs = _unjson(row[names["history"]]) or []
-        if not isinstance(pairs, list):
-            raise BadRow(f"{names['history']} is {shown_type(pairs)}, not a list of [question, answer] pairs")
-        for number, pair in enumerate(pairs, 1):
-            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
-                raise BadRow(f"{names['history']}: entry {number} is not a pair of strings [question, answer]")
-            history += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return _with_system([*history, *messages], row, names)
-
-
-def _context(row: Mapping[str, Any], names: Mapping[str, str]) -> list[Message] | None:
-    """What precedes answers that are to be ranked; None where no column holds it."""
-    if "messages" in names and "prompt" not in names:
-        return _with_system(read_messages(row[names["messages"]], names["messages"]), row, names)
-    return _prompt(row, names) if {"prompt", "input"} & set(names) else None
-
-
-def _with_system(messages: list[Message], row: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
-    system = _string(row[names["system"]], names["system"]) if "system" in names else ""
-    if not system.strip():
-        return messages
-    if messages and messages[0]["role"] == "system":
-        if messages[0]["content"] != system:
-            raise BadRow(f"two system prompts that differ: one in {names['system']}, one in the first turn")
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def _hh_turns(text: str, name: str) -> list[Message]:
-    """The turns of Anthropic's hh-rlhf strings: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    parts = HH_TURN.split(text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-    if not turns:
-        raise BadRow(f"{name} has no turn that begins with Human: or Assistant:")
-    return turns
-
-
-def _call(call: Any, at: str) -> str:
-    """A tool call as the JSON that the model is to write."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow(f"{at}: a tool call without a function name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise BadRow(f"{at}: the arguments of the call of {function['name']} are not JSON: {error}") from None
-    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
-
-
-def _tools(value: Any) -> str | None:
-    """The tools that a conversation may call: a JSON list in a string (TRL's form), None where there are none."""
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRow(f"tools is not JSON: {error}") from None
-    if isinstance(value, Mapping):
-        value = [value]
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise BadRow(f"tools is {shown_type(value)}, not a list of functions")
-    return json.dumps(value, ensure_ascii=False)
-
-
-# --- values ---------------------------------------------------------------------------------------
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {shown_type(value)}, not text")
-    return value
-
-
-def _numbers(value: Any, name: str, count: int) -> list[float]:
-    value = _unjson(value)
-    if not isinstance(value, list):
-        raise BadRow(f"{name} is {shown_type(value)}, not a list of numbers")
-    if len(value) != count:
-        raise BadRow(f"{name} has {len(value)} entries for {count} completions")
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and v == v for v in value):
-        raise BadRow(f"{name} must hold numbers only; it holds {_shown(json.dumps(value))}")
-    return value
-
-
-def _unjson(value: Any) -> Any:
-    """A list or object that CSV or Parquet carries as JSON in a string; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value  # then it is text, and whoever wanted a list says so
-    return value
-
-
-def shown_type(value: Any) -> str:
-    """What a value is, in JSON's words, for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return f"a number ({value})"
-    if isinstance(value, str):
-        return f"a string ({_shown(value)})" if value else "an empty string"
-    if isinstance(value, list):
-        return "a list"
-    return "an object" if isinstance(value, dict) else f"of type {type(value).__name__}"
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = [str(name) for name in names] or ["none"]
-    return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-
-
-def _or(words: Sequence[str]) -> str:
-    return " or ".join(repr(word) for word in words)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from recipes.common import formats
-from recipes.common.formats import BadRow, canonical_row
+from recipes.common.formats import canonical_row
+from recipes.common.row_values import BadRow
 
 
 def turns(*said: str) -> list[dict[str, str]]:

@@ -27,7 +27,9 @@ class Builtin:
 BUILTINS: dict[str, Builtin] = {
     "pydocs": Builtin("text", pydocs.load, "the running Python's manual and standard library, 10 MB of text and code"),
     "pydocs_qa": Builtin("conversation", pydocs_qa.load, "questions answered from the standard library's docstrings"),
-    "tasks": Builtin("conversation", tasks.load, "questions with one right answer, English and Chinese, 12 families"),
+    "tasks": Builtin(
+        "conversation", tasks.load, "questions with one right answer, English and Chinese, eleven families"
+    ),
     "tasks_preferences": Builtin(
         "preference", tasks.load_preferences, "4 to 6 ranked answers to the questions of tasks"
     ),

@@ -14,7 +14,8 @@ from recipes.common.data.sources import IMAGE_FILES, Source, existing_path, file
 from recipes.common.data.splits import choose_splits, held_out
 from recipes.common.data.words import PROBLEMS_SHOWN, each, first_line
 from recipes.common.errors import UserError
-from recipes.common.formats import BadRow, Kind
+from recipes.common.formats import Kind
+from recipes.common.row_values import BadRow
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:

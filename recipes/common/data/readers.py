@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
-from recipes.common import formats
 from recipes.common.data.words import counted, first_line
 from recipes.common.errors import UserError
-from recipes.common.formats import BadRow
+from recipes.common.row_values import BadRow, shown_type
 
 if TYPE_CHECKING:
     import datasets
@@ -105,7 +104,7 @@ def _read_jsonl(shown: str, path: Path) -> Rows:
             number,
             row
             if isinstance(row, dict)
-            else BadRow(f"a row must be an object with named columns; this is {formats.shown_type(row)}"),
+            else BadRow(f"a row must be an object with named columns; this is {shown_type(row)}"),
         )
 
 
@@ -231,7 +230,7 @@ def numbered_rows(rows: Callable[[], Sequence[Any]]) -> Rows:
             number,
             row
             if isinstance(row, dict)
-            else BadRow(f"a row must be an object with named columns; this is {formats.shown_type(row)}"),
+            else BadRow(f"a row must be an object with named columns; this is {shown_type(row)}"),
         )
 
 

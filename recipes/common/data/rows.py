@@ -11,7 +11,7 @@ from recipes.common.data.readers import Row
 from recipes.common.data.sources import Part
 from recipes.common.data.words import PROBLEMS_SHOWN, counted, say, some_of
 from recipes.common.errors import UserError
-from recipes.common.formats import BadRow
+from recipes.common.row_values import BadRow
 
 if TYPE_CHECKING:
     import pyarrow as pa

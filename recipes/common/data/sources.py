@@ -17,6 +17,7 @@ from recipes.common.data.words import first_line, say, some_of
 from recipes.common.errors import UserError
 from recipes.common.formats import Kind
 from recipes.common.hub import is_cached, why_not_on_hub
+from recipes.common.row_values import nearest
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _hub_problem(name: str, subset: str | None, error: Exception) -> str:
 def _not_found(name: str, hub_reason: str) -> str:
     from recipes.common.builtin import BUILTINS
 
-    near = formats.nearest(name, BUILTINS)
+    near = nearest(name, BUILTINS)
     builtin = f"not a builtin set ({', '.join(BUILTINS)}{f'; did you mean {near!r}?' if near else ''})"
     return (
         f"data.name: {name!r} is {builtin}, not a file or folder ({_nearest_path(name)}), and {hub_reason}. "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recipes.common import formats
 from recipes.common.data.sources import Source
 from recipes.common.data.words import counted
 from recipes.common.errors import UserError
+from recipes.common.row_values import nearest
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def choose_splits(source: Source, data: Data) -> tuple[str, str | None, str | No
         base = wanted.split("[")[0] if source.load else wanted
         bases[key] = base
         if base not in source.splits:
-            near = formats.nearest(base, source.splits)
+            near = nearest(base, source.splits)
             problems.append(
                 f"data.{key}: {source.name} has no split {base!r}; it has {', '.join(source.splits)}"
                 f"{f' (did you mean {near!r}?)' if near else ''}"

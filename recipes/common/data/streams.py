@@ -13,7 +13,8 @@ from recipes.common.data.sources import Part, Source
 from recipes.common.data.splits import choose_splits, mixed
 from recipes.common.data.words import each, say
 from recipes.common.errors import UserError
-from recipes.common.formats import BadRow, Kind
+from recipes.common.formats import Kind
+from recipes.common.row_values import BadRow
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from recipes.common.data.sources import Source
 from recipes.common.data.splits import choose_splits, cut_document, held_out
 from recipes.common.data.words import counted, each, first_line, say
 from recipes.common.errors import UserError
-from recipes.common.formats import BadRow, Kind
+from recipes.common.formats import Kind
+from recipes.common.row_values import BadRow
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:
