@@ -22,6 +22,7 @@ from torch.nn import Embedding
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim._muon import _adjust_lr
 
+from recipes.common import machine
 from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,13 +53,17 @@ class BatchedMuon(Muon):
             for i, param in enumerate(params):
                 by_shape[tuple(sorted(param.shape))].append(i)
             for members in by_shape.values():
-                wide = torch.stack(
-                    [_wide(updates[i]).bfloat16() for i in members]
-                )  # (matrices, rows <= columns, columns)
+                wide = torch.stack([_wide(updates[i]) for i in members])  # (matrices, rows <= columns, columns)
+                wide = wide.to(_dtype_of_products(wide.device))
                 made = orthogonalized(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for i, update in zip(members, made.unbind(), strict=True):
                     rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], params[i].shape)
                     _wide(params[i]).add_(update, alpha=-rate)
+
+
+def _dtype_of_products(device: torch.device) -> torch.dtype:
+    """bf16, which Muon stands, where it is faster: a processor without bf16 products emulates them, 100 times slower."""
+    return torch.float32 if device.type == "cpu" and not machine.choose_bf16().value else torch.bfloat16
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonalized(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton-Schulz: about U V^T of each matrix U S V^T; (batch, rows <= columns, columns), bf16."""
+    """Newton-Schulz: about U V^T of each matrix U S V^T; (batch, rows <= columns, columns)."""
     a, b, c = coefficients
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
     for _ in range(steps):
