@@ -125,18 +125,19 @@ def benchmarks(folder: Path) -> list[dict[str, Any]]:
 
 
 def ratios(found: list[dict[str, Any]]) -> str:
-    """A Markdown row a peer: the two figures, how many times better ours is, where and when that was measured."""
+    """A Markdown row a peer (or a goal): the two figures, how many times better ours is, where and when it was measured."""
     lines = ["| what | ours | peer | ours is better by | unit | machine | date |", "|---|---|---|---|---|---|---|"]
     for row in found:
         machine = row["machine"]
         where = f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, torch {machine['versions']['torch']}"
+        when = f"{row['unit']} | {where} | {row['measured_at'][:10]} |"
         for peer, ratio in row["ours_is_better_by"].items():
             ours, theirs = row["figures"]["ours"], row["figures"][peer]
             better = f"**{ratio['median']:.2f}** x ({ratio['min']:.2f} to {ratio['max']:.2f})"
-            lines.append(
-                f"| {row['what']} | {show(ours)} | {show(theirs)}: {peer} | {better} | {row['unit']} | {where} "
-                f"| {row['measured_at'][:10]} |"
-            )
+            lines.append(f"| {row['what']} | {show(ours)} | {show(theirs)}: {peer} | {better} | {when}")
+        if "goal" in row:  # figures of ours alone, that are to be below it
+            for name, value in row["figures"].items():
+                lines.append(f"| {row['what']}, {name} | {show(value)} | goal: below {show(row['goal'])} | | {when}")
     return "\n".join(lines) if found else "Not measured yet: `make bench`."
 
 

@@ -31,6 +31,21 @@ def test_ratios_say_what_where_and_when() -> None:
     ]  # fmt: skip
 
 
+def test_figures_without_a_peer_are_shown_beside_their_goal() -> None:
+    alone = {
+        "what": "waiting for data",
+        "unit": "% of a step",
+        "goal": 5.0,
+        "figures": {"bert": 1.5},
+        "ours_is_better_by": {},
+    }
+    line = results.ratios([MEASURED | alone]).splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:5] == [
+        "waiting for data, bert", results.show(1.5), f"goal: below {results.show(5.0)}", "", "% of a step",
+    ]  # fmt: skip
+
+
 def test_rows_keep_the_order_of_the_benchmark_and_the_recipes_are_no_row(tmp_path: Path) -> None:
     for name in ("help", "ppo", "llama", "recipes"):
         (tmp_path / f"{name}.json").write_text(json.dumps(MEASURED | {"row": name}))

@@ -224,7 +224,8 @@ def batch_of(samples: Sequence[Infilling], pad: int) -> dict[str, Tensor]:
 
     def stack(name: str, filler: int) -> Any:
         rows = [getattr(sample, name) for sample in samples]
-        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+        # by way of numpy, which reads lists faster than torch does
+        return torch.from_numpy(np.array([[*row, *[filler] * (longest - len(row))] for row in rows], dtype=np.int64))
 
     return {
         "input_ids": stack("tokens", pad),

@@ -8,16 +8,19 @@ Fair means that nothing differs but the start. So the two share the order of the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import PositiveFloat, PositiveInt
+from recipes.common.sections import OpenUnitInterval, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import TrainingArguments
 
 
@@ -26,11 +29,16 @@ class Downstream:
     """The fine-tuning that both starts get."""
 
     data: str = "pydocs_package"  # labelled rows: a builtin name, a local file, or a hub id
+    columns: dict[str, str] | None = None  # ours -> theirs, e.g. {text: utterance, label: intent}
+    validation_split: str | None = None  # which split is held out; default: as in the data section
     labels: PositiveInt = 512  # training rows used: few, since that is where pretraining pays
+    labels_per_class: PositiveInt | None = None  # instead of labels: the first so many rows of each class
     steps: PositiveInt = 200
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-3
     max_length: PositiveInt = 128  # tokens of a row
+    group_by_length: bool = False  # rows of like length in a batch, so that little of it is padding
+    label_smoothing: OpenUnitInterval | None = None  # share of the target that all classes or tokens get alike
     eval_rows: PositiveInt = 500  # held-out rows scored
 
 
@@ -39,10 +47,27 @@ def load_rows(settings: Downstream, kind: Any) -> tuple[list[dict[str, Any]], li
     from recipes.common.data import load_data
     from recipes.common.sections import Data
 
-    data = load_data(
-        Data(name=settings.data, max_samples=settings.labels, max_validation_samples=settings.eval_rows), kind
-    )
-    return data["train"].to_list(), data["validation"].to_list()
+    each = settings.labels_per_class
+    if each is not None and kind != "classification":
+        raise UserError(f"downstream.labels_per_class: {each}, but rows of kind {kind!r} have no class: set labels")
+    source = Data(
+        name=settings.data, columns=settings.columns, validation_split=settings.validation_split,
+        max_samples=settings.labels if each is None else None, max_validation_samples=settings.eval_rows,
+    )  # fmt: skip
+    data = load_data(source, kind)
+    rows, held_out = data["train"].to_list(), data["validation"].to_list()
+    return rows if each is None else first_of_each_class(rows, each), held_out
+
+
+def first_of_each_class(rows: list[dict[str, Any]], each: int) -> list[dict[str, Any]]:
+    """The first `each` rows of every class, in their order; all of a class that has fewer."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for row in rows:
+        if taken[row["label"]] < each:
+            chosen.append(row)
+        taken[row["label"]] += 1
+    return chosen
 
 
 def class_names(rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[str]:
@@ -60,6 +85,33 @@ def class_names(rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> l
     return names
 
 
+def batches_of(rows: list[Any], settings: Downstream, order: torch.Generator) -> Iterator[list[int]]:
+    """Row numbers, batch_size at a time and without end: every row once before any comes again.
+
+    By length: of the next 50 batches' rows, those of like length together, and then the batches in a random order.
+    """
+    import torch
+
+    size = settings.batch_size
+    at_once = 50 * size if settings.group_by_length else size
+    queue: list[int] = []
+    while True:
+        while len(queue) < at_once:
+            queue += torch.randperm(len(rows), generator=order).tolist()
+        chosen, queue = queue[:at_once], queue[at_once:]
+        if not settings.group_by_length:
+            yield chosen
+            continue
+        chosen.sort(key=lambda i: length_of(rows[i]))
+        for batch in torch.randperm(at_once // size, generator=order).tolist():
+            yield chosen[batch * size : (batch + 1) * size]
+
+
+def length_of(row: Any) -> int:
+    """Tokens of a pair of token lists, characters of a row of texts."""
+    return sum(len(side) for side in (row.values() if isinstance(row, dict) else row) if side is not None)
+
+
 def fine_tune(
     model: nn.Module,
     rows: list[Any],
@@ -67,13 +119,15 @@ def fine_tune(
     settings: Downstream,
     args: TrainingArguments,
     run: RunFolder,
+    make_optimizer: Callable[[Any], Optimizer] | None = None,
 ) -> list[float]:
     """AdamW with a linear schedule and a tenth of warm-up, over the rows in an order that the seed gives. Gives the losses.
 
     `collate(rows)` makes a batch that `model(**batch)` turns into an output with `.loss`. Precision and seed are those of
-    `args`, the pretraining's arguments.
+    `args`, the pretraining's arguments. `make_optimizer(model)` gives another optimizer, with its own rates at their peak.
     """
     import torch
+    from torch.nn import functional as F
     from transformers import get_linear_schedule_with_warmup, set_seed
 
     from recipes.common.training import stop_at_nan
@@ -84,18 +138,22 @@ def fine_tune(
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=True)
+    optimizer = (
+        make_optimizer(model)
+        if make_optimizer is not None
+        else torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=True)
+    )
     scheduler = get_linear_schedule_with_warmup(optimizer, max(1, settings.steps // 10), settings.steps)
-    order = torch.Generator().manual_seed(args.seed)
-    queue: list[int] = []
+    batches = batches_of(rows, settings, torch.Generator().manual_seed(args.seed))
     losses = []
-    for step in range(settings.steps):
-        while len(queue) < settings.batch_size:
-            queue += torch.randperm(len(rows), generator=order).tolist()
-        chosen, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+    for step, chosen in zip(range(settings.steps), batches, strict=False):
         batch = {name: value.to(device) for name, value in collate([rows[i] for i in chosen]).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = model(**batch).loss
+            out = model(**batch)
+            loss = out.loss
+        if settings.label_smoothing is not None:
+            logits = out.logits.flatten(0, -2).float()  # (targets, classes or vocabulary)
+            loss = F.cross_entropy(logits, batch["labels"].flatten(), label_smoothing=settings.label_smoothing)
         losses.append(loss.item())
         stop_at_nan(losses[-1], step + 1, run)
         loss.backward()
@@ -116,11 +174,12 @@ def compare_starts(
     args: TrainingArguments,
     run: RunFolder,
     name: str,
+    make_optimizer: Callable[[Any], Optimizer] | None = None,
 ) -> dict[str, float]:
     """Fine-tune both alike and score both: {"<name>_<figure>": from pretrained, "baseline_<name>_<figure>": from scratch}."""
     figures: dict[str, float] = {}
     for prefix, model in (("", pretrained), ("baseline_", fresh)):
-        losses = fine_tune(model, rows, collate, settings, args, run)
+        losses = fine_tune(model, rows, collate, settings, args, run, make_optimizer)
         model.eval()
         scored = score(model)
         figures |= {f"{prefix}{name}_{figure}": value for figure, value in scored.items()}
@@ -200,20 +259,29 @@ def written_score(
     args: TrainingArguments,
     run: RunFolder,
     name: str,
+    bleu_tokenizer: str | None = None,
 ) -> Callable[[Any], dict[str, float]]:
     """A score for `compare_starts`: the loss of held-out targets, and of what is written the shared words and exact answers.
 
     `write(model)` gives a text for each of the sources; they are kept as samples/<name>-pretrained.txt and -from-scratch.txt.
+    With a tokenizer of sacreBLEU's, BLEU is a figure too.
     """
     from recipes.common.held_out import mean_loss, word_overlap
+    from recipes.common.text_to_text import bleu
 
     starts = iter(("pretrained", "from-scratch"))
 
     def score(model: Any) -> dict[str, float]:
         texts = write(model)
         lines = [f"{a}\n  wanted: {b}\n  wrote:  {c}" for a, b, c in zip(sources, wanted, texts, strict=True)]
-        run.sample(f"{name}-{next(starts)}.txt", "\n\n".join(lines))
         exact = sum(a.strip() == b.strip() for a, b in zip(texts, wanted, strict=True)) / len(texts)
-        return {"loss": mean_loss(model, batches, args), "overlap": word_overlap(texts, wanted), "exact": exact}
+        figures = {"loss": mean_loss(model, batches, args), "overlap": word_overlap(texts, wanted), "exact": exact}
+        start = next(starts)
+        if bleu_tokenizer is not None:
+            figures["bleu"], said = bleu(texts, wanted, bleu_tokenizer)
+            run.say(f"  {name}, {start}: {said}")
+            lines = [said, *lines]
+        run.sample(f"{name}-{start}.txt", "\n\n".join(lines))
+        return figures
 
     return score

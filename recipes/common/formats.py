@@ -54,6 +54,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "image": ("image", "img"),
     "label": ("label", "labels", "fine_label"),
     "caption": ("caption", "text", "captions"),
+    "split": (),  # which split a row is of, where a file has all of them: only where data.columns maps it
 }
 # A row may lack these even where data.columns maps them.
 OPTIONAL = frozenset({"input", "system", "history", "tools", "text_pair"})

@@ -76,4 +76,11 @@ def how_to_load(run: RunFolder) -> str:
             "",
             f'model = PeftModel.from_pretrained(base, "{run.path}/adapter")',
         ]
+    elif (run.path / "adapter" / "adapter.json").exists():  # a method that peft lacks
+        lines += [
+            "",
+            "from recipes.common.adapter_files import load_adapter",
+            "",
+            f'model = load_adapter(base, "{run.path}/adapter")',
+        ]
     return "## How to load it\n\n```python\n" + "\n".join(lines).strip() + "\n```" if lines else ""

@@ -29,7 +29,9 @@ def ensure_made(name: str, run: RunFolder) -> str:
     """Make what `name` points at if it is another recipe's result that is not there yet, and give the path.
 
     `runs/llama/default/model` is what `make llama` leaves; on a fresh machine the recipes that later ones stand on run
-    first, once, with their laptop config (MADE_WITH: no more of it than is needed). Other names come back as they are.
+    first, once, with their laptop config (MADE_WITH: no more of it than is needed). So does a run that bears the name of
+    one of the recipe's configs: `runs/tokenizer/multi30k/model` is `make tokenizer CONFIG=multi30k`'s. Other names come
+    back as they are.
     """
     made = re.fullmatch(r"(.*?)([\w-]+)/([\w-]+)/(model|adapter)/?", name)
     if made is None or Path(name).exists():
@@ -38,17 +40,19 @@ def ensure_made(name: str, run: RunFolder) -> str:
     scripts = [p for p in (ROOT / "recipes").glob(f"*/{recipe}.py") if p.parent.name != "common"]
     if not scripts or Path(root or ".").name != "runs":
         return name
-    if run.dry or int(os.environ.get("WORLD_SIZE", "1")) > 1 or run_name != "default":
-        raise UserError(f"{name} is not there yet: `make {recipe}` makes it")
-    run.say(f"{name} is not there yet: running `make {recipe}` first")
+    variant = ROOT / "configs" / scripts[0].parent.name / recipe / f"{run_name}.yaml"
+    make = f"make {recipe} CONFIG={run_name}" if variant.exists() else f"make {recipe}"
+    if run.dry or int(os.environ.get("WORLD_SIZE", "1")) > 1 or (run_name != "default" and not variant.exists()):
+        raise UserError(f"{name} is not there yet: `{make}` makes it")
+    run.say(f"{name} is not there yet: running `{make}` first")
     begun = Path(name).parent / "config.yaml"  # of a run that was interrupted: it goes on under its own config
-    how = ["--config", str(begun), "--run.resume", "true"] if begun.exists() else MADE_WITH.get(recipe, ())
+    how = ["--config", str(begun), "--run.resume", "true"] if begun.exists() else [*MADE_WITH.get(recipe, ())]
+    if variant.exists() and not begun.exists():
+        how += ["--config", str(variant), "--run.name", run_name]
     command = [sys.executable, str(scripts[0]), "--run.root", root.rstrip("/"), *how]
     code = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
     if code != 0:
-        raise UserError(
-            f"{name} could not be made: `make {recipe}` ended with exit code {code}; its messages are above"
-        )
+        raise UserError(f"{name} could not be made: `{make}` ended with exit code {code}; its messages are above")
     return name
 
 

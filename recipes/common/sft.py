@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.axes import Axes
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
     from trl import SFTConfig, SFTTrainer
 
 SHOWN = 8  # questions that cannot be checked, of which the answers are kept in samples/
@@ -78,10 +78,15 @@ def announce(trainer: SFTTrainer, run: RunFolder) -> dict[str, torch.Tensor]:
 
 def scores_only_answers(trainer: SFTTrainer) -> bool:
     """Whether `score_only_answers` applies: on a processor, to models that neither scale nor cap their logits."""
-    config = model_of(trainer).config.get_text_config()
+    return trainer.args.device.type == "cpu" and plain_logits(model_of(trainer))
+
+
+def plain_logits(model: Any) -> bool:
+    """Whether the logits are the head's product and nothing else."""
+    config = model.config.get_text_config()
     reshaping = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     reshaped = any(getattr(config, name, None) not in (None, 1.0) for name in reshaping)
-    return trainer.args.device.type == "cpu" and not reshaped and not getattr(config, "output_router_logits", False)
+    return not reshaped and not getattr(config, "output_router_logits", False)
 
 
 def score_only_answers(trainer: SFTTrainer) -> None:
@@ -90,9 +95,12 @@ def score_only_answers(trainer: SFTTrainer) -> None:
     TRL's fused head is a Triton kernel. Where that cannot run, its fallback scores every token, prompts included, in
     float32, vocabulary slice by slice: more than half of a step's time for a small model.
     """
-    if not scores_only_answers(trainer):
-        return
-    model = model_of(trainer)
+    if scores_only_answers(trainer):
+        project_only_labels(model_of(trainer))
+
+
+def project_only_labels(model: Any) -> None:
+    """Replace what a trl trainer put in as the model's fused head; for models with `plain_logits`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     fused_forward = base.forward
 
@@ -132,11 +140,13 @@ def _score_eagerly(hidden: torch.Tensor, labels: torch.Tensor, head: torch.nn.Mo
     with torch.no_grad():
         top1 = log_p.argmax(-1) == targets
         entropy = -(log_p.exp() * log_p).sum(-1)
+        mean_logits = logits.mean(-1)
     log_probs = logits.new_zeros(mask.shape).masked_scatter(mask, learned)
     return FusedCausalLMOutput(
         loss=-learned.sum() / mask.sum().clamp(min=1),
         log_probs=log_probs,
         entropy=torch.zeros_like(log_probs).masked_scatter(mask, entropy),
+        mean_logits=torch.zeros_like(log_probs).masked_scatter(mask, mean_logits),
         is_top1=torch.zeros_like(mask).masked_scatter(mask, top1),
         label_mask=mask,
     )
@@ -277,7 +287,7 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder
         run.save_model(model_of(trainer), tokenizer)
 
 
-def sharded(trainer: SFTTrainer) -> bool:
+def sharded(trainer: Trainer) -> bool:
     """Whether no process holds the whole model (ZeRO stage 3, FSDP)."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)

@@ -57,8 +57,9 @@ def write(
     tokens: int,
     bf16: bool,
     batch_size: int = 100,
+    beams: int = 1,
 ) -> list[str]:
-    """What the model writes for each source, greedily, at most `tokens` tokens."""
+    """What the model writes for each source, at most `tokens` tokens: greedily, or the best of a search with `beams`."""
     import torch
 
     device = model.device
@@ -70,10 +71,22 @@ def write(
             chosen = order[first : first + batch_size]
             batch = {k: v.to(device) for k, v in batch_of([pairs[i] for i in chosen], tokenizer.pad_token_id).items()}
             del batch["labels"]
-            out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, num_beams=1)
+            out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, num_beams=beams)
             for i, text in zip(chosen, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 texts[i] = text.strip()
     return texts
+
+
+def bleu(written: Sequence[str], wanted: Sequence[str], tokenizer: str) -> tuple[float, str]:
+    """Corpus BLEU, 0 to 100, and one line of it with the signature that says how it was counted (sacreBLEU, Post 2018).
+
+    tokenizer: sacreBLEU's, which cuts the texts for the counting alone: 13a for European languages, zh for Chinese
+    """
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(tokenize=tokenizer)
+    score = metric.corpus_score(list(written), [list(wanted)])
+    return score.score, f"{score.format(width=2)} {metric.get_signature()}"
 
 
 # -------------------------------------------------------------------------------------------------------- mixtures

@@ -195,6 +195,8 @@ SHOWN = {
     "entropy",
     "accuracy",
     "reward_accuracy",
+    "rewards/accuracies",  # trl's DPO
+    "rewards/margins",
     "mean_token_accuracy",
 }  # also on the line
 

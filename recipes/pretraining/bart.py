@@ -56,6 +56,12 @@ class Bart:
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
     longest_answer: PositiveInt = 32  # tokens written
     written: PositiveInt = 100  # held-out sources that an answer is written for
+    beams: PositiveInt = 1  # of the search for an answer; 1: greedy. The paper's: 5, section 5.3
+    tasks: tuple[Literal["classification", "generation", "translation"], ...] = (
+        "classification", "generation", "translation",
+    )  # what it is fine-tuned for  # fmt: skip
+    translation_optimizer: Literal["muon", "adamw"] = "adamw"  # muon: as in pretraining, with its rates
+    bleu: Literal["13a", "zh", "char", "intl"] | None = None  # sacreBLEU's tokenizer: translation is scored so too
     translate_back: bool = True  # targets to sources: into the language of the pretraining
     source_layers: PositiveInt = 2  # of the new encoder that translation puts below BART; theirs has 6
     first_stage_steps: PositiveInt = 150  # of translation with BART frozen; translation.steps come after
@@ -122,14 +128,16 @@ def writing_score(config: Config, run: RunFolder, tokenizer: Any, name: str, pai
     from recipes.common.text_to_text import batch_of, write
 
     bart, args, shown = config.bart, config.training, pairs[: config.bart.written]
+    how = bart.bleu if name == "translation" else None
     sides = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in zip(*shown, strict=True))
     return written_score(
         *sides,
-        lambda model: write(model, shown, tokenizer, bart.longest_answer, args.bf16),
+        lambda model: write(model, shown, tokenizer, bart.longest_answer, args.bf16, beams=bart.beams),
         [batch_of(pairs[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(pairs), 32)],
         args,
         run,
         name,
+        how,
     )
 
 
@@ -187,9 +195,14 @@ def compare_translation(config: Config, run: RunFolder, tokenizer: Any, marks: M
     import torch
 
     from recipes.common.downstream import fine_tune, load_rows, two_starts
+    from recipes.common.optimizers import muon_with_adamw
     from recipes.common.text_to_text import batch_of
 
     settings, training, bart = config.translation, config.training, config.bart
+    optimizer = (
+        (lambda model: muon_with_adamw(model, training, bart.muon_learning_rate))
+        if bart.translation_optimizer == "muon" else None
+    )  # fmt: skip
     rows, test = (
         encoded(some, tokenizer, marks, settings.max_length, bart.translate_back)
         for some in load_rows(settings, "pair")
@@ -204,10 +217,12 @@ def compare_translation(config: Config, run: RunFolder, tokenizer: Any, marks: M
         def collate(pairs: list[Pair]) -> dict[str, Tensor]:
             return batch_of(pairs, marks.pad)
 
-        losses = fine_tune(start, rows, collate, replace(settings, steps=bart.first_stage_steps), training, run)
+        losses = fine_tune(
+            start, rows, collate, replace(settings, steps=bart.first_stage_steps), training, run, optimizer
+        )
         figures[f"{prefix}translation_first_stage_loss"] = sum(losses[-10:]) / len(losses[-10:])
         start.requires_grad_(True)
-        fine_tune(start, rows, collate, settings, training, run)
+        fine_tune(start, rows, collate, settings, training, run, optimizer)
         start.eval()
         figures |= {f"{prefix}translation_{figure}": value for figure, value in score(start).items()}
         run.say(
@@ -227,19 +242,16 @@ def check(config: Config, model: Any) -> None:
     from recipes.common.optimizers import refuse_muon_on_shards
 
     bart = config.bart
-    if bart.optimizer == "muon":
+    if "muon" in (bart.optimizer, bart.translation_optimizer):
         refuse_muon_on_shards(config.training)
     if not isinstance(model, BartForConditionalGeneration):
         raise UserError(f"model: {type(model).__name__} is not BART: set model_type: bart, or give a BART's name")
     positions = model.config.max_position_embeddings
+    lengths = {"bart.block_length: with its start and end": bart.block_length + 2}
+    lengths |= {f"{task}.max_length:": getattr(config, task).max_length for task in bart.tasks}
     problems = [
         f"{name} {length} tokens are above model.config.max_position_embeddings, {positions}"
-        for name, length in (
-            ("bart.block_length: with its start and end", bart.block_length + 2),
-            ("classification.max_length:", config.classification.max_length),
-            ("generation.max_length:", config.generation.max_length),
-            ("translation.max_length:", config.translation.max_length),
-        )
+        for name, length in lengths.items()
         if length > positions
     ]
     if not bart.corruptions:
@@ -316,9 +328,11 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     for kind in KINDS:  # also those that it was not trained on
         figures[f"eval_loss_{kind}"] = mean_loss(model, held_out_batches((kind,), 64), training)
 
-    figures |= compare_classification(config, run, tokenizer, marks, model)
-    figures |= compare_generation(config, run, tokenizer, marks, model)
-    figures |= compare_translation(config, run, tokenizer, marks, model)
+    compare = {
+        "classification": compare_classification, "generation": compare_generation, "translation": compare_translation,
+    }  # fmt: skip
+    for task in bart.tasks:
+        figures |= compare[task](config, run, tokenizer, marks, model)
     return figures
 
 

@@ -46,6 +46,8 @@ class Bert:
     row_length: PositiveInt = 512  # tokens of a row, [CLS] and two [SEP] included; section A.2
     mask_rate: OpenUnitInterval = 0.15  # share of the tokens that is predicted; section 3.1
     whole_words: bool = False  # hide a word with all its tokens (Google's release of May 2019)
+    joined: PositiveInt = 1  # documents made one, in an order of training.seed: for those that are shorter than a row
+    tasks: tuple[Literal["classification", "pairs"], ...] = ("classification", "pairs")  # what it is fine-tuned for
     optimizer: Literal["muon", "adamw"] = (
         "muon"  # muon: hidden matrices by Muon, the rest by AdamW; the paper's is adamw
     )
@@ -63,6 +65,16 @@ class Config:
     pairs: Downstream
     training: Section[transformers.TrainingArguments]
     run: Run
+
+
+def join_documents(rows: Dataset, count: int, seed: int) -> Dataset:
+    """Every `count` documents as one, a line each, in an order that the seed gives: sorted by class, they would tell it."""
+    if count == 1:
+        return rows
+    return rows.shuffle(seed=seed).map(
+        lambda batch: {"text": ["\n".join(batch["text"])]},
+        batched=True, batch_size=count, remove_columns=rows.column_names,
+    )  # fmt: skip
 
 
 def blocks_of(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
@@ -194,12 +206,9 @@ def check(config: Config, model: Any) -> None:
     if config.data.streaming:
         problems.append("data.streaming: the second text comes from anywhere in the data, which a stream does not give")
     places = model.config.max_position_embeddings
-    lengths = (
-        ("bert.row_length", config.bert.row_length),
-        ("classification.max_length", config.classification.max_length),
-        ("pairs.max_length", config.pairs.max_length),
-    )
-    for name, length in lengths:
+    lengths = {"bert.row_length": config.bert.row_length}
+    lengths |= {f"{task}.max_length": getattr(config, task).max_length for task in config.bert.tasks}
+    for name, length in lengths.items():
         if length > places:
             problems.append(f"{name}: {length} tokens are above model.config.max_position_embeddings, {places}")
     if config.bert.row_length < 11:
@@ -236,8 +245,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     plain = np.array(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))  # what a random token may be
 
     data = load_data(config.data, "text")
-    blocks = blocks_of(data["train"], tokenizer, bert.row_length - 3)
-    held_out = blocks_of(data["validation"], tokenizer, bert.row_length - 3)
+    blocks, held_out = (
+        blocks_of(join_documents(data[side], bert.joined, training.seed), tokenizer, bert.row_length - 3)
+        for side in ("train", "validation")
+    )
 
     def rows_of(chosen: list[dict[str, Any]], source: Dataset, seed: int) -> dict[str, Tensor]:
         """Each block cut, joined and hidden by the randomness of its own draw; B comes from anywhere in `source`."""
@@ -249,7 +260,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
             texts = [(text["input_ids"], text["words"]) for text in (row, other)]
             samples.append(sample(texts[0], texts[1], tokenizer, plain, bert.mask_rate, bert.whole_words, rng))
         batch = {
-            name: torch.tensor([row[name] for row in samples]) for name in samples[0]
+            name: torch.from_numpy(np.array([row[name] for row in samples])) for name in samples[0]
         }  # (batch, seq); label (batch,)
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
@@ -278,8 +289,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     figures = {f"eval_{name}": value for name, value in after.items()}
     figures |= {"unigram_loss": unigram, "untrained_loss": before["loss"]}
-    figures |= compare("classification", config.classification, model, tokenizer, training, run)
-    figures |= compare("pairs", config.pairs, model, tokenizer, training, run)
+    settings = {"classification": config.classification, "pairs": config.pairs}
+    for task in bert.tasks:
+        figures |= compare(task, settings[task], model, tokenizer, training, run)
     return figures
 
 

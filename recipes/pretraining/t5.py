@@ -62,8 +62,10 @@ class Task:
     data: str | None = None  # a builtin name, a local file, or a hub id
     subset: str | None = None  # the hub data set's configuration name
     columns: dict[str, str] | None = None  # ours -> theirs, e.g. {source: en, target: de}
+    validation_split: str | None = None  # which split is held out; default: as in the data section
     prefix: str = ""  # what a source begins with, so that the model knows the task
     rows: NonNegativeInt = 0  # training rows used: few, since that is where pretraining pays; 0 leaves the task out
+    bleu: Literal["13a", "zh", "char", "intl"] | None = None  # sacreBLEU's tokenizer: what is written is scored so too
 
 
 @dataclass
@@ -74,10 +76,14 @@ class Finetuning:
     temperature: PositiveFloat = 1.0  # of the mixing rates; section 3.5.2. 1: by the number of examples
     steps: PositiveInt = 300
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 1e-3  # T5's constant rate; section 3.1.2
+    optimizer: Literal["muon", "adamw"] = "adamw"  # muon: as in pretraining, with the rates of t5 and training
+    learning_rate: PositiveFloat = 1e-3  # of adamw; T5's constant rate, section 3.1.2
     max_length: PositiveInt = 128  # tokens of a source, and of a target
     eval_rows: PositiveInt = 200  # held-out rows of each task that an answer is written for
     longest_answer: PositiveInt = 32  # tokens written
+    beams: PositiveInt = 1  # of the search for an answer; 1: greedy. T5's translations: 4, section 3.7
+    group_by_length: bool = False  # rows of like length in a batch, so that little of it is padding
+    label_smoothing: OpenUnitInterval | None = None  # share of a target that all tokens get alike
 
 
 @dataclass
@@ -110,7 +116,7 @@ def task_texts(name: str, task: Task, eval_rows: int) -> tuple[Texts, Texts]:
     from recipes.common.text_to_text import as_text, similar_pairs
 
     source = Data(
-        name=task.data or "", subset=task.subset, columns=task.columns,
+        name=task.data or "", subset=task.subset, columns=task.columns, validation_split=task.validation_split,
         max_samples=task.rows, max_validation_samples=eval_rows,
     )  # fmt: skip
     numbers = name == "similarity" and task.data != "pydocs_summary"  # rows with a score from 0 to 5 as their label
@@ -146,7 +152,7 @@ def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: An
     """Fine-tune both starts on the one mixture, and let them write the answers of held-out rows of each task."""
     from recipes.common.downstream import compare_starts
     from recipes.common.draws import generator
-    from recipes.common.text_to_text import batch_of, encode_pairs, mixture, write
+    from recipes.common.text_to_text import batch_of, bleu, encode_pairs, mixture, write
 
     tuning, training = config.finetuning, config.training
     every = {
@@ -166,8 +172,13 @@ def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: An
     def score(model: Any) -> dict[str, float]:
         figures, shown, start = {}, [], next(starts)
         for name, (_, test) in texts.items():
-            written = write(model, encode(test), tokenizer, tuning.longest_answer, training.bf16)
-            figures[name] = score_task(name, written, [target for _, target in test])
+            written = write(model, encode(test), tokenizer, tuning.longest_answer, training.bf16, beams=tuning.beams)
+            wanted = [target for _, target in test]
+            figures[name] = score_task(name, written, wanted)
+            if how := every[name].bleu:
+                figures[f"{name}_bleu"], said = bleu(written, wanted, how)
+                run.say(f"  {name}, {start}: {said}")
+                shown.append(said)
             shown += [f"{a}\n  wanted: {b}\n  wrote:  {w}" for (a, b), w in zip(test[:20], written[:20], strict=True)]
         run.sample(f"answers-{start}.txt", "\n\n".join(shown))
         return figures
@@ -175,10 +186,13 @@ def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: An
     settings = Downstream(
         labels=count, steps=tuning.steps, batch_size=tuning.batch_size,
         learning_rate=tuning.learning_rate, max_length=tuning.max_length, eval_rows=tuning.eval_rows,
+        group_by_length=tuning.group_by_length, label_smoothing=tuning.label_smoothing,
     )  # fmt: skip
     return compare_starts(
         pretrained, fresh, rows, lambda pairs: batch_of(pairs, tokenizer.pad_token_id), settings, score, training, run,
         "task",
+        (lambda model: make_optimizer(model, training, config.t5.muon_learning_rate))
+        if tuning.optimizer == "muon" else None,
     )  # fmt: skip
 
 
@@ -211,7 +225,7 @@ def check(config: Config, model: Any) -> None:
     from recipes.common.span_corruption import lengths, longest_text
 
     t5 = config.t5
-    if t5.optimizer == "muon":
+    if "muon" in (t5.optimizer, config.finetuning.optimizer):
         refuse_muon_on_shards(config.training)
     if not isinstance(model, T5ForConditionalGeneration):
         raise UserError(f"model: {type(model).__name__} is not T5: set model_type: t5, or give a T5's name")

@@ -412,12 +412,6 @@ def test_every_form_has_several_wordings_in_both_languages_and_all_are_used() ->
         assert not opening or any(text.startswith(opening[:1].upper() + opening[1:]) for text in texts), opening
 
 
-def test_tasks_load_fast() -> None:
-    start = time.process_time()
-    tasks.load("train", 3)
-    assert time.process_time() - start < 3  # 0.6 s on an idle core
-
-
 # --------------------------------------------------------------------------------------------------------- check
 
 

@@ -364,7 +364,7 @@ BAD_FILES = {
         ["a.jsonl:2: broken JSON", "column"],
     ),
     "last line cut": ("a.jsonl", GOOD + GOOD[:-10], "conversation", ["a.jsonl:2: broken JSON"]),
-    "not an object": ("a.jsonl", GOOD + b"[1]\n", "conversation", ["a.jsonl:2: a row must be an object", "a list"]),
+    "not an object": ("a.jsonl", GOOD + b"7\n", "conversation", ["a.jsonl:2: a row must be an object", "a number (7)"]),
     "JSON array as lines": ("a.jsonl", b"[\n" + GOOD + b"]\n", "conversation", ["one JSON array", ".json"]),
     "nested": ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "conversation", ["a.jsonl:2", "nested too deeply"]),
     "not UTF-8": ("a.jsonl", GOOD + b'{"question": "\xff"}\n', "conversation", ["a.jsonl:2", "byte 0xff", "offset %d"]),

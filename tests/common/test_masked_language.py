@@ -38,6 +38,18 @@ def test_the_papers_shares_over_ten_thousand_tokens() -> None:
     assert min(chosen_places.values()) > 60 and max(chosen_places.values()) < 160  # 105 each, every place alike
 
 
+def test_a_seed_gives_the_tokens_that_the_plain_way_gives() -> None:
+    """The rule of section 3.1 with `rng.choice`: `hide` is quicker, and draws the same."""
+    for seed in range(200):
+        ids, plainly = list(range(200, 300)), rng(seed)
+        chosen = choose(range(100), 0.3, False, plainly)
+        wanted = list(ids)
+        for place, draw in zip(chosen.tolist(), plainly.random(len(chosen)), strict=True):
+            wanted[place] = MASK if draw < 0.8 else int(plainly.choice(PLAIN)) if draw < 0.9 else wanted[place]
+        quickly = rng(seed)
+        assert hide(ids, choose(range(100), 0.3, False, quickly), MASK, PLAIN, quickly)[0] == wanted
+
+
 def test_random_tokens_are_plain_ones() -> None:
     ids = [200] * 2_000
     inputs, _ = hide(ids, np.arange(2_000), MASK, PLAIN, rng())

@@ -71,6 +71,20 @@ def test_a_missing_result_is_made_once_and_with_no_more_than_is_needed(
     assert len(started) == 1
 
 
+def test_a_run_named_after_a_config_is_made_with_that_config(
+    tmp_path: Path, run: RunFolder, started: list[list[str]]
+) -> None:
+    name = f"{tmp_path}/runs/tokenizer/multi30k/model"
+    assert ensure_made(name, run) == name
+    config = str(ROOT / "configs/pretraining/tokenizer/multi30k.yaml")
+    assert started[0][4:] == ["--tokenizer.kinds", "[bpe]", "--config", config, "--run.name", "multi30k"]
+    run.dry = True
+    name = f"{tmp_path}/runs/tokenizer/shakespeare/model"
+    assert problems(ensure_made, name, run) == [
+        f"{name} is not there yet: `make tokenizer CONFIG=shakespeare` makes it"
+    ]
+
+
 def test_an_interrupted_run_goes_on_under_its_own_config(
     tmp_path: Path, run: RunFolder, started: list[list[str]]
 ) -> None:

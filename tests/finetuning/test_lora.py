@@ -16,6 +16,7 @@ from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common.errors import UserError
+from recipes.common.peft_models import check_targets, merge
 from recipes.finetuning import lora
 
 Run = Callable[..., Any]
@@ -140,7 +141,7 @@ def test_merging_that_moves_the_logits_is_not_saved() -> None:
 
     model.merge_and_unload = faulty
     with pytest.raises(RuntimeError, match="merging the adapter moved a logit"):
-        lora.merge(model, batch)
+        merge(model, batch)
 
 
 @pytest.mark.parametrize(
@@ -169,19 +170,19 @@ def test_relatives_of_lora_merge_too(
 def test_targets_that_match_nothing_are_refused_with_the_valid_ones(targets: Any, told: str) -> None:
     model = make_model(make_tokenizer())
     with pytest.raises(UserError) as refused:
-        lora.check_targets(model, LoraConfig(target_modules=targets))
+        check_targets(model, targets, "lora")
     assert told in str(refused.value)
     assert "Valid: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(refused.value)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj"], ["self_attn.q_proj"], r".*layers\.1\.mlp.*_proj"])
 def test_targets_that_match_are_taken(targets: Any) -> None:
-    lora.check_targets(make_model(make_tokenizer()), LoraConfig(target_modules=targets))
+    check_targets(make_model(make_tokenizer()), targets, "lora")
 
 
 BAD: dict[str, tuple[Changes, str]] = {
     "a target that is not there": ({"lora.target_modules": "[q_proj, qv_proj]"}, "is called qv_proj"),
-    "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "LoRA adapts a pretrained model"),
+    "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "lora adapts a pretrained model"),
     "a rank of 0": ({"lora.r": 0}, "lora.r"),
 }
 

@@ -5,7 +5,7 @@
 What a canonical row is, and which schemas are recognised, is in formats.py. Where the rows come from is here:
 
     sources.py   what a name stands for: builtin set, file, folder, hub; which splits it has
-    readers.py   files as raw rows, with errors that name the line
+    readers.py   files as raw rows, with errors that name the line; the columns of a row that is a list are "0", "1", ...
     rows.py      a canonical row's types and content, and the report of bad ones
     splits.py    which split is held out, or which rows of the training split
     tables.py    all rows in Arrow                    streams.py   one row at a time
@@ -51,6 +51,9 @@ def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.Iterabl
     test split, else data.validation_fraction of the training rows, chosen by data.seed and the rows' content; of a
     single text file, its end. No training row also stands, word for word, in a held-out split: such rows are left out
     and counted (streams with a validation split of their own cannot be checked so).
+
+    data.columns may map `split`, where a column says which split a row is of. A folder of parallel text (train.en,
+    train.de, ...) has a column for each language; as "text", without data.columns, it is the lines of all of them.
 
     A list in data.name is each of them, one after the other, each with its own held-out rows, then shuffled together
     by data.seed, so that data.max_samples takes from all of them (a stream is not shuffled).

@@ -100,12 +100,16 @@ def _read_jsonl(shown: str, path: Path) -> Rows:
         except RecursionError:
             yield number, BadRow("broken JSON: nested too deeply")
             continue
-        yield (
-            number,
-            row
-            if isinstance(row, dict)
-            else BadRow(f"a row must be an object with named columns; this is {shown_type(row)}"),
-        )
+        yield number, _with_columns(row)
+
+
+def _with_columns(row: Any) -> Row | BadRow:
+    """A row of JSON with named columns; those of a list are its places: ["hello", "greet"] is {"0": "hello", "1": "greet"}."""
+    if isinstance(row, list):
+        return {str(place): value for place, value in enumerate(row)}
+    if isinstance(row, dict):
+        return row
+    return BadRow(f"a row must be an object with named columns; this is {shown_type(row)}")
 
 
 def json_splits(shown: str, path: Path) -> dict[str, list[Any]] | None:
@@ -193,6 +197,20 @@ def _read_table(dialect: Literal["csv", "tsv"], shown: str, path: Path) -> Rows:
         yield begins, dict(zip(header, fields, strict=True))
 
 
+def read_parallel(shown: str, files: Mapping[str, Path], as_text: bool) -> Rows:
+    """Line i of each file as row i, a column for each language; as text a row each, translations after one another."""
+    sides = {language: _whole_text(str(path), path).removesuffix("\n").split("\n") for language, path in files.items()}
+    if len({len(lines) for lines in sides.values()}) > 1:
+        counts = ", ".join(f"{counted(len(lines), 'line')} of {language}" for language, lines in sides.items())
+        raise UserError(f"{shown}: {counts}: parallel text has the same number, line by line")
+    for number, lines in enumerate(zip(*sides.values(), strict=True), 1):
+        row = {language: line.removesuffix("\r") for language, line in zip(sides, lines, strict=True)}
+        if as_text:
+            yield from ((number, {"text": line}) for line in row.values())
+        else:
+            yield number, row
+
+
 def _read_parquet(shown: str, path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -226,12 +244,7 @@ FILE_READERS: dict[str, Callable[[str, Path], Rows]] = {
 
 def numbered_rows(rows: Callable[[], Sequence[Any]]) -> Rows:
     for number, row in enumerate(rows(), 1):
-        yield (
-            number,
-            row
-            if isinstance(row, dict)
-            else BadRow(f"a row must be an object with named columns; this is {shown_type(row)}"),
-        )
+        yield number, _with_columns(row)
 
 
 def dataset_rows(load: Callable[[], datasets.Dataset]) -> Rows:

@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common import formats
-from recipes.common.data.readers import FILE_READERS, SPLIT_NAMES, Rows, dataset_rows, json_splits, numbered_rows
+from recipes.common.data.readers import (
+    FILE_READERS,
+    SPLIT_NAMES,
+    Row,
+    Rows,
+    dataset_rows,
+    json_splits,
+    numbered_rows,
+    read_parallel,
+)
 from recipes.common.data.words import first_line, say, some_of
 from recipes.common.errors import UserError
 from recipes.common.formats import Kind
 from recipes.common.hub import is_cached, why_not_on_hub
-from recipes.common.row_values import nearest
+from recipes.common.row_values import BadRow, listed, nearest
 from recipes.common.sections import Data
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ FILE_FORMATS = {
     ".parquet": "parquet",
 }
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+# train.en, val.pt-BR.gz
+PARALLEL = re.compile(r"(?P<split>[^.]+)\.(?P<language>[a-z]{2,3}([-_][A-Za-z]{2,4})?)(\.gz)?")
 NOT_DATA = re.compile(r"(readme|licen[sc]e|copying|changelog)(\.\w+)?|dataset_infos?\.json", re.IGNORECASE)
 
 
@@ -80,12 +91,35 @@ def open_source(name: str, data: Data, kind: Kind) -> Source:
             native=builtin.kind,
         )
     elif (path := existing_path(name)) is not None:
-        source = _open_folder(name, path) if path.is_dir() else _open_file(name, path)
+        as_text = kind == "text" and not data.columns
+        source = _open_folder(name, path, as_text) if path.is_dir() else _open_file(name, path)
     else:
-        return open_hub(name, data)
-    if data.subset is not None:
+        source = open_hub(name, data)
+    if data.subset is not None and source.load is None:
         raise UserError(f"data.subset: {data.subset!r} picks a configuration of a hub data set; {name!r} has none")
-    return source
+    column = (data.columns or {}).get("split")
+    return source if column is None else _split_by(source, column)
+
+
+def _split_by(source: Source, column: str) -> Source:
+    """The same rows in the splits that a column of theirs names."""
+    splits: dict[str, dict[Part, list[tuple[int, Row | BadRow]]]] = {}
+    for part in (part for split in source.splits for part in source.parts(split)):
+        for number, row in part.read():
+            # a bad one is reported with the training rows
+            named = "train" if isinstance(row, BadRow) else row.get(column)
+            if not isinstance(named, str) or not named.strip():
+                has = listed(row) if not isinstance(row, BadRow) and column not in row else f"{column!r} is {named!r}"
+                raise UserError(
+                    f"data.columns: split is mapped to {column!r}, and row {number} of {part.shown} names none: {has}"
+                )
+            named = SPLIT_NAMES.get(named.lower(), named)
+            splits.setdefault(named, {}).setdefault(part, []).append((number, row))
+
+    def parts(split: str) -> list[Part]:
+        return [Part(f"{part.shown} ({split})", partial(iter, rows), part.unit) for part, rows in splits[split].items()]
+
+    return Source(source.name, tuple(splits), parts)
 
 
 def existing_path(name: str) -> Path | None:
@@ -118,7 +152,7 @@ def _open_file(name: str, path: Path) -> Source:
     return Source(name, ("train",), lambda split: [part], streams=file_format != "text")
 
 
-def _open_folder(name: str, path: Path) -> Source:
+def _open_folder(name: str, path: Path, as_text: bool) -> Source:
     import datasets
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # Dataset.save_to_disk
@@ -140,6 +174,8 @@ def _open_folder(name: str, path: Path) -> Source:
             by_format.setdefault(file_format, []).append(file)
         else:
             unknown.append(str(file.relative_to(path)))
+    if not by_format and (parallel := _parallel_text(name, path, files, as_text)):
+        return parallel
     if not by_format:
         found = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
         raise UserError(
@@ -188,6 +224,30 @@ def _open_folder(name: str, path: Path) -> Source:
         splits.__getitem__,
         streams=file_format not in ("text", "json"),
     )
+
+
+def _parallel_text(name: str, path: Path, files: list[Path], as_text: bool) -> Source | None:
+    """A folder of train.en, train.de, val.en, ...: the same lines in several languages. None where it is no such folder."""
+    splits: dict[str, dict[str, Path]] = {}
+    for file in files:
+        found = PARALLEL.fullmatch(file.name)
+        if found is None or file.parent != path:
+            return None
+        split = SPLIT_NAMES.get(found["split"].lower(), found["split"])
+        splits.setdefault(split, {})[found["language"]] = file
+    languages = {language for of_split in splits.values() for language in of_split}
+    if len(languages) < 2:
+        return None
+    if lacking := [f"{split}.{one}" for split, found in splits.items() for one in sorted(languages - set(found))]:
+        raise UserError(f"data.name: {name}: parallel text in {listed(sorted(languages))} lacks {listed(lacking)}")
+    for file in files:
+        _check_readable(os.path.join(name, file.name), file)
+
+    def parts(split: str) -> list[Part]:
+        shown = f"{name} ({split})"
+        return [Part(shown, partial(read_parallel, shown, splits[split], as_text), "line")]
+
+    return Source(name, tuple(splits), parts)
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -1,9 +1,9 @@
 """One contestant of the benchmark's `ppo` row, in a process of its own, since TRL's PPOTrainer needs an older TRL.
 
-    python scripts/bench_ppo.py ours FOLDER OUTPUT STEPS            # recipes/alignment/ppo.py, whole
-    python scripts/bench_ppo.py trl  FOLDER OUTPUT STEPS [--bf16]   # trl.experimental.ppo.PPOTrainer
+    python scripts/bench_rows/ppo_contestant.py ours FOLDER OUTPUT STEPS            # recipes/alignment/ppo.py, whole
+    python scripts/bench_rows/ppo_contestant.py trl  FOLDER OUTPUT STEPS [--bf16]   # trl.experimental.ppo.PPOTrainer
 
-scripts/bench.py makes FOLDER: policy/, reward/, prompts.jsonl, settings.json, ours.yaml. OUTPUT gets the seconds of STEPS
+scripts/bench_rows/ppo.py makes FOLDER: policy/, reward/, prompts.jsonl, settings.json, ours.yaml. OUTPUT gets the seconds of STEPS
 steps, the first step of the process left out, and what was run. Nothing here may import recipes but `ours`: the peer's
 interpreter has another TRL.
 """
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 1  # a step answers and learns in several shapes, all of which the first one has seen
 
 

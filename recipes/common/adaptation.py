@@ -1,0 +1,298 @@
+"""What the parameter-efficient recipes share: a pretrained base, a task, and the same measurement before and after.
+
+    CAUSAL_LM      a decoder answers conversations; the loss is on the assistant's tokens; exact match where it can be checked
+    SEQ_2_SEQ_LM   an encoder-decoder writes the target of a source; exact answers and shared words
+    SEQ_CLS        any model tells the class of a text, or of two; accuracy
+
+The method stands between `prepare` and `learn`, in the recipe. The names are those of peft's TaskType.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Data, Evaluation, Model, Run
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from trl import SFTConfig
+
+    from recipes.common.sft import Measured
+
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
+KINDS: dict[str, Literal["conversation", "pair", "classification"]] = {
+    "CAUSAL_LM": "conversation", "SEQ_2_SEQ_LM": "pair", "SEQ_CLS": "classification",
+}  # fmt: skip
+SHOWN = 40  # answers that are kept in samples/
+
+
+@dataclass
+class Task:
+    """A pretrained model as it came, what it is to learn, and how to tell the base again."""
+
+    type: str
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
+    data: DatasetDict  # canonical rows of the type's kind
+    fingerprint: str  # of the base, for the adapter's file
+    classes: list[str] = field(default_factory=list)  # SEQ_CLS: sorted, the order of the head's outputs
+
+
+def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options: Any) -> Task:
+    """Tokenizer, rows and base of a recipe that adapts a pretrained model; `options` go to `from_pretrained`.
+
+    Raises UserError for a fresh model: a method that keeps the base frozen needs a base that has learned something.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    from recipes.common.adapter_files import fingerprint
+    from recipes.common.data import load_data
+    from recipes.common.models import load_model, load_tokenizer
+
+    if model.name is None:
+        raise UserError(
+            f"model.name: {run.recipe} adapts a pretrained model; a fresh one (model.config) has nothing to keep frozen"
+        )
+    if task_type not in KINDS:
+        raise UserError(f"task_type: {task_type} is not one of {', '.join(KINDS)}")
+    tokenizer = load_tokenizer(model, run, chat=task_type == "CAUSAL_LM")
+    rows = load_data(data, KINDS[task_type])
+    auto_class: Any = AutoModelForCausalLM if task_type == "CAUSAL_LM" else AutoModelForSeq2SeqLM
+    classes: list[str] = []
+    if task_type == "SEQ_CLS":
+        classes = _classes(rows)
+        auto_class = AutoModelForSequenceClassification
+        options |= {
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: i for i, name in enumerate(classes)},
+        }
+    base = load_model(model, tokenizer, run, auto_class, **options)
+    return Task(task_type, tokenizer, base, rows, fingerprint(base), classes)
+
+
+def _classes(rows: DatasetDict) -> list[str]:
+    names = sorted(set(rows["train"]["label"]))
+    if len(names) < 2:
+        raise UserError(f"data: the training rows have one class alone, {names[0]!r}: there is nothing to tell apart")
+    if unknown := sorted(set(rows["validation"]["label"]) - set(names)):
+        raise UserError(f"data: no training row has the class {unknown[0]!r} of the held-out rows: use more rows")
+    return names
+
+
+def make_trainer(task: Task, model: Any, args: SFTConfig, run: RunFolder) -> Trainer:
+    """The Trainer of the task's type on `model`, the base with the method in it."""
+    from recipes.common import sft
+    from recipes.common.sft_packing import prepare as rows_of_tokens
+
+    if args.gradient_checkpointing:  # a frozen embedding gives the checkpointed layers nothing to differentiate
+        task.base.enable_input_require_grads()
+    if task.type == "CAUSAL_LM":
+        rows = rows_of_tokens(task.data, task.tokenizer, task.base, args, run)
+        return sft.make_trainer(model, task.tokenizer, rows, args)
+
+    from transformers import Trainer
+
+    args.remove_unused_columns = False  # the collator takes rows of text
+    train, held_out = _rows(task, "train", args), _rows(task, "validation", args)
+    return Trainer(
+        model, args, train_dataset=train, eval_dataset=held_out, data_collator=lambda rows: collate(task, rows, args)
+    )
+
+
+def _rows(task: Task, split: str, args: SFTConfig) -> Any:
+    if task.type == "SEQ_CLS":
+        return task.data[split]
+    from recipes.common.text_to_text import encode_pairs
+
+    sides = task.data[split]
+    return encode_pairs(task.tokenizer, sides["source"], sides["target"], _longest(task, args))
+
+
+def _longest(task: Task, args: SFTConfig) -> int:
+    """Tokens of a row at most: training.max_length, or the model's positions where those are fewer."""
+    from recipes.common.generation import model_positions
+
+    return min(length for length in (args.max_length, model_positions(task.base), 2**20) if length)
+
+
+def collate(task: Task, rows: list[Any], args: SFTConfig) -> dict[str, torch.Tensor]:
+    """SEQ_CLS rows, or SEQ_2_SEQ_LM pairs, as a model's inputs with `labels`: (batch,), or (batch, target)."""
+    import torch
+
+    from recipes.common.text_to_text import batch_of
+
+    if task.type == "SEQ_2_SEQ_LM":
+        return batch_of(rows, task.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    firsts, seconds = [row["text"] for row in rows], [row["text_pair"] for row in rows]
+    if task.tokenizer.sep_token is None:  # a decoder's tokenizer knows no pairs
+        firsts = [a if b is None else f"{a}\n{b}" for a, b in zip(firsts, seconds, strict=True)]
+        seconds = [None]
+    batch = task.tokenizer(
+        firsts, None if seconds[0] is None else seconds,
+        truncation=True, max_length=_longest(task, args), padding=True, split_special_tokens=True, return_tensors="pt",
+    )  # fmt: skip
+    return {**batch, "labels": torch.tensor([task.classes.index(row["label"]) for row in rows])}
+
+
+def learn(
+    task: Task, model: Any, training: SFTConfig, evaluation: Evaluation, run: RunFolder, settings: Run
+) -> tuple[Any, dict[str, float]]:
+    """Check the first batch (`--dry-run` ends here), measure, train, measure again. Gives the Trainer and the figures."""
+    from recipes.common.training import fit
+
+    trainer = make_trainer(task, model, training, run)
+    announce(task, trainer, run)
+    before = measure(task, trainer, evaluation, run, "before")
+    fit(trainer, run, time_limit_minutes=settings.time_limit_minutes)
+    after = measure(task, trainer, evaluation, run, "after")
+    return trainer, report(task, run, before, after)
+
+
+def save(
+    task: Task,
+    trainer: Any,
+    model: Any,
+    run: RunFolder,
+    method: str = "",
+    settings: dict[str, Any] | None = None,
+    names: set[str] | None = None,
+) -> int:
+    """adapter/ and its tokenizer; gives the adapter's bytes.
+
+    For the methods that peft lacks: `method` and `settings`, and `names` where more than what learned is to be saved.
+    """
+    from recipes.common.adapter_files import save_adapter
+
+    told: dict[str, Any] = {"base": task.base.config._name_or_path or None, "fingerprint": task.fingerprint}
+    size = save_adapter(trainer, model, run, **told, method=method, settings=settings, names=names)
+    if run.is_main:
+        task.tokenizer.save_pretrained(run.path / "adapter")
+    return size
+
+
+def announce(task: Task, trainer: Any, run: RunFolder) -> dict[str, torch.Tensor]:
+    """Check the first batch and say what is about to run; gives the batch."""
+    from recipes.common import sft
+    from recipes.common.preflight import preflight
+    from recipes.common.training import total_steps
+
+    if task.type == "CAUSAL_LM":
+        return sft.announce(trainer, run)
+    batch = next(iter(trainer.get_train_dataloader()))
+    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
+    return batch
+
+
+def measure(task: Task, trainer: Any, evaluation: Evaluation, run: RunFolder, when: str) -> Measured:
+    """Held-out loss, and what share of the held-out rows is answered right."""
+    from recipes.common import sft
+
+    if task.type == "CAUSAL_LM":
+        return sft.measure(trainer, task.tokenizer, task.data["validation"], evaluation, run, when)
+    measured = (_classified if task.type == "SEQ_CLS" else _written)(task, trainer, evaluation)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.figures.items())
+    run.say(f"{when}: held-out loss {measured.loss:.4f}, {shown}")
+    return measured
+
+
+def _classified(task: Task, trainer: Any, evaluation: Evaluation) -> Measured:
+    from torch.nn import functional as F
+
+    from recipes.common.generation import inference
+    from recipes.common.sft import Measured
+
+    rows, size = task.data["validation"].to_list(), evaluation.batch_size
+    loss, answers = 0.0, []
+    with inference(trainer.model, bf16=trainer.args.bf16):
+        for first in range(0, len(rows), size):
+            some = rows[first : first + size]
+            batch = trainer._prepare_inputs(collate(task, some, trainer.args))
+            labels = batch.pop("labels")
+            logits = trainer.model(**batch).logits.float()  # (batch, classes)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            for row, chosen in zip(some, logits.argmax(-1).tolist(), strict=True):
+                told = task.classes[chosen]
+                answers.append(
+                    {"prompt": row["text"], "expected": row["label"], "greedy": told, "right": told == row["label"]}
+                )
+    accuracy = sum(answer["right"] for answer in answers) / len(rows)
+    return Measured(round(loss / len(rows), 4), {"accuracy": round(accuracy, 4)}, answers[:SHOWN])
+
+
+def _written(task: Task, trainer: Any, evaluation: Evaluation) -> Measured:
+    import torch
+
+    from recipes.common.generation import inference
+    from recipes.common.held_out import word_overlap
+    from recipes.common.sft import Measured
+    from recipes.common.text_to_text import write
+
+    args, pairs = trainer.args, trainer.eval_dataset
+    total = torch.zeros(2, dtype=torch.float64)
+    with inference(trainer.model, bf16=args.bf16):
+        for first in range(0, len(pairs), evaluation.batch_size):
+            batch = trainer._prepare_inputs(collate(task, pairs[first : first + evaluation.batch_size], args))
+            tokens = (batch["labels"] != -100).sum().item()
+            total += torch.tensor([trainer.model(**batch).loss.item() * tokens, tokens], dtype=torch.float64)
+    rows = task.data["validation"].select(range(min(len(pairs), evaluation.max_samples))).to_list()
+    with inference(trainer.model):
+        written = write(
+            trainer.model, pairs[: len(rows)], task.tokenizer, evaluation.max_new_tokens, args.bf16,
+            evaluation.batch_size,
+        )  # fmt: skip
+    answers = [
+        {"prompt": row["source"], "expected": row["target"], "greedy": text, "right": text == row["target"].strip()}
+        for row, text in zip(rows, written, strict=True)
+    ]
+    figures = {
+        "exact_match": round(sum(answer["right"] for answer in answers) / len(rows), 4),
+        "word_overlap": round(word_overlap(written, [row["target"] for row in rows]), 4),
+    }
+    return Measured(round(float(total[0] / total[1]), 4), figures, answers[:SHOWN])
+
+
+def report(task: Task, run: RunFolder, before: Measured, after: Measured) -> dict[str, float]:
+    """Plots and samples of the two; gives the flat figures: those of after, and baseline_* of before."""
+    from recipes.common import sft
+
+    if task.type == "CAUSAL_LM":
+        return sft.report(run, before, after)
+    run.plot_curve("loss", "loss", label="training loss, nats")
+    run.sample("answers.md", sft.side_by_side(before, after))
+    figures = {"eval_loss": after.loss, "baseline_loss": before.loss, **after.figures}
+    figures |= {f"baseline_{name}": value for name, value in before.figures.items()}
+    if task.type == "SEQ_CLS":
+        labels = Counter(task.data["validation"]["label"])
+        figures["most_common_class"] = round(max(labels.values()) / labels.total(), 4)
+    return figures
+
+
+def head_names(model: PreTrainedModel) -> set[str]:
+    """Parameters outside of the pretrained backbone that a task brings with it: a classifier's head; none for text.
+
+    Nobody has trained them, so every method lets them learn.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if type(model).__name__ not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return set()
+    backbone = {id(p) for p in model.base_model.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) not in backbone}
+
+
+def freeze(model: Any, learned: set[str]) -> int:
+    """Leave gradients on the named parameters alone; gives how many numbers learn. Raises UserError if none does."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learned)
+        count += parameter.numel() if name in learned else 0
+    if count == 0:
+        raise UserError("nothing would learn: every parameter of the model is frozen")
+    return count

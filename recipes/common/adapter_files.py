@@ -1,0 +1,138 @@
+"""What an adapter leaves on the disk: the numbers that learned, how to put them back, and which base they belong to.
+
+adapter/
+  adapter_model.safetensors   the parameters that learned, by the names that they have in the adapted model
+  adapter_config.json         peft's methods: peft's own file, which PeftModel.from_pretrained reads
+  adapter.json                the methods that peft lacks: {"method": ..., "settings": {...}}; `load_adapter` reads it
+  base.json                   {"name": ..., "fingerprint": ...} of the model that it was trained on
+
+An adapter on another base computes nonsense and says nothing: the fingerprint is checked on loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder, folder_written_atomically, wait_for_everyone, write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, Trainer
+
+# The methods that peft lacks: method -> module:function, called as function(model, settings) on the base, puts its
+# modules in and gives the model, ready for the saved numbers.
+METHODS: dict[str, str] = {
+    "bitfit": "recipes.finetuning.bitfit:put_in",
+    "adapter": "recipes.common.bottleneck:put_back",
+    "adapter_fusion": "recipes.finetuning.adapter_fusion:put_back",
+    "madx": "recipes.finetuning.madx:put_back",
+}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A name for the weights of a base: of its embeddings, norms and biases, which quantisation leaves as they are.
+
+    Eight numbers of each, rounded to bf16: the same base gives the same name in any precision, and on any device.
+    """
+    import torch
+
+    backbone: Any = model.base_model
+    told = hashlib.sha256()
+    tables = {id(module.weight) for module in backbone.modules() if isinstance(module, torch.nn.Embedding)}
+    for name, parameter in sorted(backbone.named_parameters()):
+        if parameter.device.type == "meta" or (parameter.ndim > 1 and id(parameter) not in tables):
+            continue
+        flat = parameter.detach().flatten()
+        few = flat[torch.linspace(0, len(flat) - 1, 8, device=flat.device).long()].to("cpu", torch.bfloat16)
+        told.update(f"{name} {tuple(parameter.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
+    return told.hexdigest()[:32]
+
+
+def save_adapter(
+    trainer: Trainer,
+    model: Any,
+    run: RunFolder,
+    *,
+    base: str | None,
+    fingerprint: str,
+    method: str = "",
+    settings: dict[str, Any] | None = None,
+    names: set[str] | None = None,
+) -> int:
+    """Write the folder adapter/ of a run: a PeftModel's own files, or parameters of a model of ours. Gives its bytes.
+
+    `names`: which parameters, for a method of ours; default: those that learn.
+    """
+    from safetensors.torch import save_file
+
+    from recipes.common.sft import sharded
+
+    path, told = run.path / "adapter", {"name": base, "fingerprint": fingerprint}
+    peft = hasattr(model, "peft_config")
+    if peft and sharded(trainer):
+        trainer.save_model(str(path))  # gathers what learned; every process takes part
+        if run.is_main:
+            write_atomically(path / "base.json", json.dumps(told, indent=2) + "\n")
+        wait_for_everyone()
+        return _bytes(path)
+    whole: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded(trainer) else model.state_dict()
+    if run.is_main:
+        with folder_written_atomically(path) as folder:
+            if peft:
+                model.save_pretrained(folder)
+            else:
+                kept = {n for n, p in model.named_parameters() if p.requires_grad} if names is None else names
+                numbers = {name: whole[name].detach().contiguous().cpu() for name in sorted(kept)}
+                save_file(numbers, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                ours = {"method": method, "settings": settings or {}}
+                (folder / "adapter.json").write_text(json.dumps(ours, indent=2) + "\n")
+            (folder / "base.json").write_text(json.dumps(told, indent=2) + "\n")
+    wait_for_everyone()
+    return _bytes(path)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def check_base(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UserError where the adapter in `folder` was trained on other weights than the model's."""
+    file = folder / "base.json"
+    if not file.exists():  # an adapter that was not made here
+        return
+    told = json.loads(file.read_text())
+    if told["fingerprint"] != fingerprint(model):
+        raise UserError(
+            f"the adapter in {folder} was trained on another base ({told['name']}): give that one, since on any other "
+            "it computes nonsense"
+        )
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
+    """The base with the adapter of `folder` in it, in evaluation mode, whichever method made it.
+
+    Raises UserError where there is none, where it belongs to another base, or where its numbers do not fit.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "adapter_model.safetensors").exists():
+        raise UserError(f"{folder} holds no adapter (no adapter_model.safetensors)")
+    check_base(model, folder)
+    if not (folder / "adapter.json").exists():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, folder).eval()
+    told = json.loads((folder / "adapter.json").read_text())
+    module, _, function = METHODS[told["method"]].partition(":")
+    adapted = getattr(importlib.import_module(module), function)(model, told["settings"])
+    numbers = load_file(folder / "adapter_model.safetensors")
+    unknown = adapted.load_state_dict(numbers, strict=False).unexpected_keys
+    if unknown:
+        raise UserError(f"the adapter in {folder} does not fit {type(model).__name__}: it has no {unknown[0]}")
+    return adapted.eval()
