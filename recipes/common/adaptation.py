@@ -10,6 +10,7 @@ The method stands between `prepare` and `learn`, in the recipe. The names are th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,12 +143,23 @@ def collate(task: Task, rows: list[Any], args: SFTConfig) -> dict[str, torch.Ten
 
 
 def learn(
-    task: Task, model: Any, training: SFTConfig, evaluation: Evaluation, run: RunFolder, settings: Run
+    task: Task,
+    model: Any,
+    training: SFTConfig,
+    evaluation: Evaluation,
+    run: RunFolder,
+    settings: Run,
+    ready: Callable[[Any], None] | None = None,
 ) -> tuple[Any, dict[str, float]]:
-    """Check the first batch (`--dry-run` ends here), measure, train, measure again. Gives the Trainer and the figures."""
+    """Check the first batch (`--dry-run` ends here), measure, train, measure again. Gives the Trainer and the figures.
+
+    `ready` is called with the Trainer before anything runs: for a method that takes part in the steps.
+    """
     from recipes.common.training import fit
 
     trainer = make_trainer(task, model, training, run)
+    if ready is not None:
+        ready(trainer)
     announce(task, trainer, run)
     before = measure(task, trainer, evaluation, run, "before")
     fit(trainer, run, time_limit_minutes=settings.time_limit_minutes)

@@ -7,11 +7,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
+
+    from recipes.common.adaptation import Task
 
 
 def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str = "target_modules") -> None:
@@ -78,3 +81,17 @@ def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedM
             f"merging the adapter moved a logit by {difference:.3g}: the merged model is not what was trained"
         )
     return merged, difference
+
+
+def save_and_merge(task: Task, trainer: Any, adapted: Any, run: RunFolder) -> dict[str, float]:
+    """adapter/, and model/ with the adapter in its weights; gives the adapter's bytes and what merging did to the logits."""
+    from recipes.common import adaptation, sft
+
+    figures: dict[str, float] = {"adapter_bytes": adaptation.save(task, trainer, adapted, run)}
+    if sft.sharded(trainer):
+        run.say("  the model is sharded, so it is not merged here: adapter/ is the result")
+        return figures
+    full_precision = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)  # no autocast around it
+    merged, figures["merge_max_logit_difference"] = merge(full_precision, next(iter(trainer.get_train_dataloader())))
+    run.save_model(merged, task.tokenizer)
+    return figures

@@ -51,8 +51,8 @@ def closed_form(model: peft.PeftModel) -> tuple[int, int]:
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Base and task, adapter, train, merge, save both."""
-    from recipes.common import adaptation, sft
-    from recipes.common.peft_models import check_targets, merge, with_adapter
+    from recipes.common import adaptation
+    from recipes.common.peft_models import check_targets, save_and_merge, with_adapter
 
     task = adaptation.prepare(config.model, config.data, config.lora.task_type, run)
     check_targets(task.base, config.lora.target_modules, "lora")
@@ -61,15 +61,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     names = ", ".join(sorted(adapted.peft_config["default"].target_modules))
     run.say(f"  lora: {matrices} matrices ({names}), sum of r (in + out) = {expected:,}")
     trainer, figures = adaptation.learn(task, adapted, config.training, config.evaluation, run, config.run)
-
-    figures["adapter_bytes"] = adaptation.save(task, trainer, adapted, run)
-    if sft.sharded(trainer):
-        run.say("  the model is sharded, so it is not merged here: adapter/ is the result")
-        return figures
-    full_precision = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)  # no autocast around it
-    merged, figures["merge_max_logit_difference"] = merge(full_precision, next(iter(trainer.get_train_dataloader())))
-    run.save_model(merged, task.tokenizer)
-    return figures
+    return figures | save_and_merge(task, trainer, adapted, run)
 
 
 if __name__ == "__main__":
