@@ -5,11 +5,15 @@
     RMSNorm(h) = h / sqrt(mean(h^2) + eps) * g
     SwiGLU(h)  = W_down (SiLU(W_gate h) * W_up h)
     RoPE       rotates each pair of a query's and a key's numbers by an angle proportional to its position
-    LLaMA-2's larger models share keys and values among groups of query heads: model.config.num_key_value_heads
+
+    llama1     every query head has its own keys and values (MHA); AdamW, a cosine to a tenth
+    llama2     groups of query heads share them (GQA): model.config.num_key_value_heads; a wider SwiGLU, twice the context
+
+cpu.yaml is llama1 with tied embeddings and Muon. The library's class is trained; recipes/common/modeling_llama.py has it written out.
 
 Touvron et al. 2023, https://arxiv.org/abs/2302.13971 and https://arxiv.org/abs/2307.09288
 
-    make llama                                        # laptop, offline, minutes
+    make llama                                        # laptop, offline, minutes; CONFIG=llama1, CONFIG=llama2
     make llama CONFIG=gpu                             # one GPU, a public corpus
     make llama CONFIG=cluster LAUNCH=fsdp NPROC=8     # a node; scripts/ has SLURM
 
