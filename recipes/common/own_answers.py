@@ -1,0 +1,123 @@
+"""A policy's own answers and what they are worth: what DPO can learn from, and what best-of-n picks from.
+
+Made-up mistakes are not the ones that a policy makes: to learn which answers to avoid, it has to be shown its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Evaluation, Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def sample_answers(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    count: int,
+    evaluation: Evaluation,
+    *,
+    seed: int = 0,
+    bf16: bool = False,
+) -> list[list[str]]:
+    """`count` answers to the prompt of each row, at temperature 1. Several processes share the rows; all get all."""
+    import torch.distributed as dist
+
+    from recipes.common.generation import generate, prompt_of
+
+    several = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    prompts = [prompt_of(row) for row in rows[rank::world] for _ in range(count)]
+    flat = generate(
+        policy, tokenizer, prompts, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size,
+        temperature=1.0, seed=seed + rank, bf16=bf16,
+    )  # fmt: skip
+    mine = [flat[i : i + count] for i in range(0, len(flat), count)]
+    shares: list[Any] = [mine]
+    if several:
+        shares = [None] * world
+        dist.all_gather_object(shares, mine)
+    return [shares[i % world][i // world] for i in range(len(rows))]
+
+
+def checker_scores(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    """1 for each answer that is right, 0 for the others, by the tasks' checker. Raises UserError for rows without one."""
+    from recipes.common.builtin.tasks import check
+    from recipes.common.generation import is_checkable
+
+    if rows and not is_checkable(rows[0]):
+        raise UserError(
+            "data: these rows have no checker (`task` and `answer`, as the builtin sets tasks and tasks_preferences "
+            "have): name a reward model that is to judge the answers"
+        )
+    return [[float(check(row, text)) for text in some] for row, some in zip(rows, answers, strict=True)]
+
+
+def load_reward_model(
+    name: str, model: Model, tokenizer: PreTrainedTokenizerBase, run: RunFolder, key: str
+) -> PreTrainedModel:
+    """A reward model that reads the tokens which the policy writes. Raises UserError if `name`, given as `key`, is none."""
+    from transformers import AutoModelForSequenceClassification
+
+    from recipes.common.models import load_model, load_tokenizer
+
+    section = Model(name=name, dtype=model.dtype, attention=model.attention)
+    if load_tokenizer(section, run).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{key}: {name} has another tokenizer than the policy {model.name}, so it would score other text than was "
+            "written; train one from the same base (recipes/alignment/reward_model.py)"
+        )
+    made = load_model(section, tokenizer, run, auto_class=AutoModelForSequenceClassification)
+    if made.config.num_labels != 1 or not hasattr(made, "score"):
+        raise UserError(
+            f"{key}: {name} gives {made.config.num_labels} labels; a reward model is a decoder with a `score` head of "
+            "one, as recipes/alignment/reward_model.py makes"
+        )
+    return made.requires_grad_(False).eval()
+
+
+def reward_scores(
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    answers: Sequence[Sequence[str]],
+    batch_size: int,
+    *,
+    bf16: bool = False,
+) -> list[list[float]]:
+    """The reward model's score of each answer of each row, in its standard deviations above a good held-out answer."""
+    import torch
+
+    from recipes.common.chat import encode_plain
+    from recipes.common.generation import inference, prompt_ids, prompt_of
+    from recipes.common.rlhf import pad, sequence_scores
+
+    prompts = prompt_ids(tokenizer, [prompt_of(row) for row in rows])
+    flat = [
+        (i, k, [*prompts[i], *ids, tokenizer.eos_token_id])
+        for i, some in enumerate(answers)
+        for k, ids in enumerate(encode_plain(tokenizer, list(some)))
+    ]
+    flat.sort(key=lambda entry: len(entry[2]))
+    scores = [[0.0] * len(some) for some in answers]
+    mean = getattr(reward_model.config, "reward_mean", 0.0)
+    std = getattr(reward_model.config, "reward_std", 1.0)
+    with inference(reward_model, bf16=bf16):
+        for start in range(0, len(flat), batch_size):
+            chunk = flat[start : start + batch_size]
+            ids, mask = pad([sequence for _, _, sequence in chunk], tokenizer.pad_token_id, "right")  # type: ignore[arg-type]
+            told = sequence_scores(reward_model, ids.to(reward_model.device), mask.to(reward_model.device))
+            bad = told[~torch.isfinite(told)]
+            if len(bad):
+                raise UserError(f"the reward model gave an answer the score {bad[0].item()}")
+            for (i, k, _), score in zip(chunk, told.tolist(), strict=True):
+                scores[i][k] = (score - mean) / std
+    return scores

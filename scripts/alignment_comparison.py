@@ -1,0 +1,320 @@
+"""The alignment chapter's methods side by side: one SFT model, the same held-out questions, a checker that nobody can fool.
+
+    make alignment-comparison                    # 3 seeds; what is finished is kept, what was interrupted goes on
+    make alignment-comparison ARGS="--seeds 1"
+    make alignment-comparison ARGS="--model runs/full/default/model"   # another SFT model than the half-trained one
+
+SFT, best-of-n against the reward model, DPO, PPO and GRPO, each by its recipe and its laptop config. Then the scores: the
+share of the builtin tasks' test questions answered exactly right, the learned reward, and the KL from the SFT model. And
+PPO once more with its KL left free: what happens to the true score while the learned reward goes on rising.
+
+The report is <root>/README.md, the figures <root>/comparison.json; other arguments go to every recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from recipes.common.launch import environment_defaults  # noqa: E402
+
+environment_defaults()
+
+from recipes.common.best_of_n import kl_bound, value_of_best  # noqa: E402
+from recipes.common.recipe import run_recipe  # noqa: E402
+from recipes.common.run_folder import RunFolder, write_atomically  # noqa: E402
+from recipes.common.sections import Evaluation, Model  # noqa: E402
+
+SFT_STEPS = 800  # of `make full`'s 1400: a model with something left to learn
+FREE_STEPS = 150  # of PPO without a KL penalty, three times its laptop config's
+QUESTIONS = 1000  # test questions that every model answers
+DRAWS = 16  # best-of-n draws that many answers to each
+EVALUATION = Evaluation(max_samples=QUESTIONS, batch_size=200, max_new_tokens=24)
+
+METHODS = {  # name: what its row of the table is called, and what it learns from
+    "sft": ("SFT", "demonstrations"),
+    "best_of_n": (f"best of {DRAWS}", "nothing: the reward model picks"),
+    "dpo": ("DPO", "its own answers, right against wrong"),
+    "ppo": ("PPO", "the reward model"),
+    "grpo": ("GRPO", "the checker"),
+    "ppo_free": ("PPO, KL left free", "the reward model, no penalty"),
+}
+
+
+@dataclass
+class Step:
+    """One run of a recipe: <root>/<recipe>/<name>."""
+
+    method: str
+    chapter: str
+    recipe: str
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    def folder(self, root: Path) -> Path:
+        return root / self.recipe / self.name
+
+    def command(self, root: Path, extra: Sequence[str]) -> list[str]:
+        """The recipe's argv; a run that was interrupted goes on."""
+        resume = ("--run.resume", "true") if (self.folder(root) / "config.yaml").exists() else ()
+        return ["--run.root", str(root), "--run.name", self.name, *self.arguments, *extra, *resume]
+
+
+def plan(root: Path, seeds: int, model: Path | None) -> list[Step]:
+    """All runs, in the order in which they stand on each other; the SFT model is `model`, or made first."""
+    start = ("--model.name", str(model or root / "full" / "sft" / "model"))
+    judge = ("--ppo.reward_model", str(root / "reward_model" / "judge" / "model"))
+    steps = [] if model else [Step("sft", "finetuning", "full", "sft", ("--training.max_steps", str(SFT_STEPS)))]
+    steps.append(Step("best_of_n", "alignment", "reward_model", "judge", start))
+    for seed in range(seeds):
+        seeded = (*start, "--training.seed", str(seed))
+        steps += [
+            Step("dpo", "alignment", "dpo", f"seed{seed}", seeded),
+            Step("ppo", "alignment", "ppo", f"seed{seed}", (*seeded, *judge)),
+            Step("grpo", "alignment", "grpo", f"seed{seed}", seeded),
+        ]
+    free = ("--ppo.kl_coefficient", "0", "--training.max_steps", str(FREE_STEPS), "--training.save_steps", "50")
+    steps.append(Step("ppo_free", "alignment", "ppo", "free", (*start, *judge, *free)))
+    return steps
+
+
+def run_step(step: Step, root: Path, extra: Sequence[str]) -> None:
+    """Run one recipe in this process unless it is finished. Exits with the recipe's code if it is not 0."""
+    if (step.folder(root) / "metrics.json").exists():
+        return
+    module = importlib.import_module(f"recipes.{step.chapter}.{step.recipe}")
+    if code := run_recipe(module.main, module.Config, step.command(root, extra)):
+        sys.exit(code)
+
+
+# ---------------------------------------------------------------- scores
+
+
+class Bench:
+    """The SFT model, the reward model and the questions, and the scores of any policy against them."""
+
+    def __init__(self, root: Path, sft: Path, questions: int):
+        from recipes.common.builtin import BUILTINS
+        from recipes.common.models import load_model, load_tokenizer
+        from recipes.common.own_answers import load_reward_model
+
+        self.root, self.run = root, RunFolder(root, recipe="alignment_comparison")
+        self.section = Model(str(sft))
+        self.tokenizer = load_tokenizer(self.section, self.run, chat=True)
+        self.start = load_model(self.section, self.tokenizer, self.run).requires_grad_(False).eval()
+        judge = str(root / "reward_model" / "judge" / "model")
+        self.judge = load_reward_model(judge, self.section, self.tokenizer, self.run, "reward_model")
+        self.rows = BUILTINS["tasks"].load("test", 0)[:questions]
+
+    def learned(self, rows: Any, answers: Sequence[Sequence[int]]) -> list[float]:
+        """The learned reward of answers that are ids."""
+        from recipes.common.generation import decode
+        from recipes.common.own_answers import reward_scores
+
+        stop = self.tokenizer.eos_token_id
+        texts = [[decode(self.tokenizer, ids[:-1] if ids[-1] == stop else ids)] for ids in answers]
+        told = reward_scores(self.judge, self.tokenizer, rows, texts, EVALUATION.batch_size)
+        return [one for (one,) in told]
+
+    def policy(self, folder: Path, seed: int) -> dict[str, float]:
+        """Exact match, greedy and sampled, learned reward, KL from the SFT model."""
+        from recipes.common.models import load_model
+        from recipes.common.policy_figures import measure
+
+        policy = load_model(Model(str(folder)), self.tokenizer, self.run).eval()
+        told = measure(policy, self.start, self.tokenizer, self.rows, EVALUATION, seed=seed, score=self.learned)
+        return told.figures
+
+    def best_of_n(self, seed: int) -> dict[str, Any]:
+        """What to expect of the best of 1, 2, 4, ... answers; KL: the bound."""
+        from recipes.common.own_answers import checker_scores, reward_scores, sample_answers
+
+        answers = sample_answers(self.start, self.tokenizer, self.rows, DRAWS, EVALUATION, seed=seed)
+        right = checker_scores(self.rows, answers)
+        scores = reward_scores(self.judge, self.tokenizer, self.rows, answers, EVALUATION.batch_size)
+
+        def mean(values: list[list[float]], n: int) -> float:
+            return sum(value_of_best(s, v, n) for s, v in zip(scores, values, strict=True)) / len(scores)
+
+        counts = [2**i for i in range(DRAWS.bit_length()) if 2**i <= DRAWS]
+        curve = [
+            {"n": n, "kl": kl_bound(n), "sampled_exact_match": mean(right, n), "reward": mean(scores, n)}
+            for n in counts
+        ]
+        return {**curve[-1], "curve": curve}
+
+    def kept(self, name: str, measure: Any) -> dict[str, Any]:
+        """Scores from <root>/scores/<name>.json, or measured now and put there."""
+        path = self.root / "scores" / f"{name}.json"
+        if not path.exists():
+            print(f"scoring {name}", flush=True)
+            write_atomically(path, json.dumps(measure(), indent=2) + "\n")
+        return json.loads(path.read_text())
+
+
+def score_all(
+    root: Path, steps: Sequence[Step], sft: Path, seeds: int, questions: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The scores of every method, one a seed (one alone of PPO with its KL left free)."""
+    bench = Bench(root, sft, questions)
+    scores: dict[str, list[dict[str, Any]]] = {"sft": [], "best_of_n": []}
+    for seed in range(seeds):
+        scores["sft"].append(bench.kept(f"sft-{seed}", lambda seed=seed: bench.policy(sft, seed)))
+        scores["best_of_n"].append(bench.kept(f"best_of_n-{seed}", lambda seed=seed: bench.best_of_n(seed)))
+    for step in steps:
+        if step.recipe not in ("full", "reward_model"):
+            folder, seed = step.folder(root), len(scores.get(step.method, []))
+            found = bench.kept(f"{step.recipe}-{step.name}", lambda: bench.policy(folder / "model", seed))  # noqa: B023
+            seconds = json.loads((folder / "metrics.json").read_text())["wall_seconds"]
+            scores.setdefault(step.method, []).append({**found, "wall_seconds": seconds})
+    return scores
+
+
+# ---------------------------------------------------------------- report
+
+
+def told(values: Sequence[float | None], digits: int) -> str:
+    """The mean, and from where to where it goes over the seeds."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{sum(known) / len(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+
+def table(scores: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown row a method. The gain is over the SFT model's answers to the same questions, seed by seed."""
+    lines = [
+        "| method | learns from | right, sampled | gain | right, greedy | learned reward | KL, nats an answer | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method, (name, source) in METHODS.items():
+        rows = scores.get(method, [])
+        if not rows:
+            continue
+        base = [row["sampled_exact_match"] for row in scores["sft"]]
+        gains = [row["sampled_exact_match"] - start for row, start in zip(rows, base, strict=False)]
+        cells = [
+            told([row["sampled_exact_match"] for row in rows], 3),
+            "" if method == "sft" else told(gains, 3),
+            told([row.get("exact_match") for row in rows], 3),
+            told([row["reward"] for row in rows], 2),
+            ("at most " if method == "best_of_n" else "") + told([row["kl"] for row in rows], 2),
+            told([row.get("wall_seconds") for row in rows], 0),
+        ]
+        lines.append(f"| {name} | {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def trajectory(folder: Path, smooth: int = 5) -> dict[str, list[float]]:
+    """KL an answer, reward and true score along a run, means over `smooth` logged steps."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("kl") is not None and row.get("true_score") is not None]
+    for row in rows:  # trl's KL is that of a token
+        row["kl"] *= row.get("completions/mean_length", 1.0)
+    parts = [rows[i : i + smooth] for i in range(0, len(rows), smooth)]
+    return {
+        key: [sum(row[key] for row in part) / len(part) for part in parts] for key in ("kl", "reward", "true_score")
+    }
+
+
+def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any]]]) -> None:
+    """The frontier of true score (and of learned reward) and KL, and the over-optimisation picture."""
+    run = RunFolder(root, recipe="alignment_comparison")
+    colours = {method: f"C{i}" for i, method in enumerate(METHODS)}
+    first = {step.method: step.folder(root) for step in reversed(steps)}
+
+    def frontier(axes: Any, along: str, figure: str) -> None:
+        curve = scores["best_of_n"][0]["curve"]
+        axes.plot(
+            [p["kl"] for p in curve], [p[figure] for p in curve], "s--", color=colours["best_of_n"], markersize=4,
+            label=f"best of 1 to {DRAWS} (KL: the bound)",
+        )  # fmt: skip
+        for method in ("ppo", "grpo", "ppo_free"):
+            if method in first and not (method == "grpo" and along == "reward"):  # GRPO's reward is the checker
+                path = trajectory(first[method])
+                axes.plot(path["kl"], path[along], "-", color=colours[method], alpha=0.4)
+        for method, rows in scores.items():
+            if method != "best_of_n":
+                axes.plot(
+                    [row["kl"] for row in rows], [row[figure] for row in rows], "o", color=colours[method], markersize=6,
+                    label=METHODS[method][0],
+                )  # fmt: skip
+        axes.set_xlabel("KL from the SFT model, nats an answer")
+        axes.legend(frameon=False, fontsize=8)
+
+    def true_frontier(axes: Any) -> None:
+        frontier(axes, "true_score", "sampled_exact_match")
+        axes.set_ylabel("sampled answers that are right")
+
+    def reward_frontier(axes: Any) -> None:
+        frontier(axes, "reward", "reward")
+        axes.set_ylabel("learned reward, standard deviations")
+
+    def over_optimisation(axes: Any) -> None:
+        other = axes.twinx()
+        for method, style in (("ppo", "--"), ("ppo_free", "-")):
+            path = trajectory(first[method])
+            axes.plot(path["kl"], path["reward"], style, color="C0", label=f"learned reward: {METHODS[method][0]}")
+            other.plot(path["kl"], path["true_score"], style, color="C1", label=f"true score: {METHODS[method][0]}")
+        axes.set_xlabel("KL from the SFT model, nats an answer")
+        axes.set_ylabel("learned reward, which is maximised", color="C0")
+        other.set_ylabel("sampled answers that are right", color="C1")
+        axes.legend(handles=[*axes.get_lines(), *other.get_lines()], frameon=False, fontsize=8, loc="lower right")
+
+    run.plot("frontier", true_frontier)
+    run.plot("reward_frontier", reward_frontier)
+    if {"ppo", "ppo_free"} <= first.keys():
+        run.plot("over_optimisation", over_optimisation)
+
+
+def report(scores: dict[str, list[dict[str, Any]]], sft: Path, questions: int) -> str:
+    """README.md of the comparison."""
+    seeds = len(scores["sft"])
+    return "\n\n".join(
+        [
+            "# Alignment methods side by side",
+            f"All start from {sft}; {questions} test questions of the builtin tasks, answered at temperature 1 "
+            f"(and greedily); mean over {seeds} seed{'s' if seeds > 1 else ''}, and from where to where. Right is what the "
+            "tasks' own checker says. The learned reward is in standard deviations, 0 for a good answer.",
+            table(scores),
+            "Best-of-n trains nothing, and pays with n answers for each that it gives. DPO and GRPO were told by the "
+            "checker what is right, PPO by the reward model, which errs.",
+            "![True score against KL](plots/frontier.png)",
+            "![Learned reward against KL](plots/reward_frontier.png)",
+            "![Over-optimisation](plots/over_optimisation.png)",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing, score it, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/alignment_comparison"), help="where all of it goes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="the SFT model (default: a half-trained one, made first)")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="test questions that every model answers")
+    asked, extra = parser.parse_known_args(argv)
+    steps = plan(asked.root, asked.seeds, asked.model)
+    for step in steps:
+        run_step(step, asked.root, extra)
+    sft = asked.model or asked.root / "full" / "sft" / "model"
+    scores = score_all(asked.root, steps, sft, asked.seeds, asked.questions)
+    draw(asked.root, steps, scores)
+    write_atomically(asked.root / "comparison.json", json.dumps(scores, indent=2) + "\n")
+    write_atomically(asked.root / "README.md", report(scores, sft, asked.questions))
+    print(f"\n{table(scores)}\n\n  {asked.root / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
