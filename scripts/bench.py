@@ -9,6 +9,7 @@ t5      the same
 data    per cent of a step that bert, t5, unilm, glm and bart wait for their next batch: goal below 5
 sft     tokens a second that are not padding, on ../shared/data's alpaca: ours, packed, against TRL's default and TRL's packing
 lora    steps a second at the recipe's laptop config: the recipe, a PEFT loop written by hand on the same packed rows
+qlora   the same on four bits
 ppo     samples a second of a PPO step, 3.4M parameters, 256 answers: ours against TRL 1.12, the last that had PPO
 start   seconds from the start of the process to the first finished training step: ours against TRL's sft script
 help    seconds of `--help`: ours against TRL's sft script
@@ -47,6 +48,7 @@ ROWS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "data": pretraining.data,
     "sft": finetuning.sft,
     "lora": partial(finetuning.adapter, "lora"),
+    "qlora": partial(finetuning.adapter, "qlora"),
     "ppo": ppo.ppo,
     "start": startup.start,
     "help": startup.help_seconds,

@@ -1,18 +1,22 @@
 """PPO: improve a chat model against a learned reward, without straying far from where it started.
 
     objective = E_{x, y ~ pi} [ r(x, y) - beta log( pi(y|x) / pi_SFT(y|x) ) ]              InstructGPT eq. (2)
+                + gamma E_{x ~ pretraining} [ log pi(x) ]                                  PPO-ptx, off by default
     A_t       = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t            GAE eq. (16)
     loss      = - E_t min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ),  rho_t = pi / pi_old     PPO eq. (7)
 
-A step answers a batch of prompts with the current policy, scores the answers with the frozen reward model, spreads
-score and KL penalty over the tokens, turns these and the critic's values into advantages, and takes a few passes of
-clipped updates over them. The true score, where the task has a checker, is reported and never trained on.
+A step answers a batch of prompts with the current policy, scores the answers with the frozen reward model, a function
+that can check them, or both, spreads score and KL penalty over the tokens, turns these and the critic's values into
+advantages, and takes a few passes of clipped updates over them. The true score, where the task has a checker, is
+reported, and trained on only where it is named as the reward function.
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155;
-RLOO: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740;
-details as in Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", https://arxiv.org/abs/2403.17031
+RLOO: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740; dynamic sampling: DAPO, Yu et al. 2025,
+https://arxiv.org/abs/2503.14476; details as in Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
+https://arxiv.org/abs/2403.17031
 
     make ppo                                       # laptop, offline, 3 minutes, after `make full`, `make reward_model`
+    make ppo CONFIG=verifiable                     # laptop: the tasks' checker is the reward, after `make full`
     make ppo CONFIG=gpu                            # one GPU, a public model and a reward model from it
     make ppo CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node; scripts/ has SLURM
 
@@ -22,7 +26,6 @@ Laptop result: RESULTS.md#ppo.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,25 +38,36 @@ from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
+    import peft
     import transformers
     from accelerate import Accelerator
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from recipes.common.rlhf import ActorCritic
+    from recipes.common.ppo_rollout import Answers, Models, Rollout
 
 
 @dataclass
 class PPO:
     """PPO's own knobs; a minibatch is training.per_device_train_batch_size x gradient_accumulation_steps a process."""
 
-    reward_model: str = "runs/reward_model/default/model"  # folder or hub id: sequence classification with one label
+    # folder or hub id: sequence classification with one label; null: the reward is the function alone
+    reward_model: str | None = "runs/reward_model/default/model"
+    # a name of recipes/common/verifiable_rewards.py, or module:function of your own; added to the reward model's score
+    reward_function: str | None = None
     rollouts: PositiveInt = 512  # answers in a step, over all processes (InstructGPT)
     answers: PositiveInt = 1  # to each prompt of a step
+    oversample: PositiveInt = (
+        1  # times as many prompts are answered; learned from: those with the largest spread of reward
+    )
+    engine: Literal["transformers", "vllm"] = (
+        "transformers"  # what answers; vllm needs a GPU, and is not resumed exactly
+    )
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out (Huang 2024)
     max_new_tokens: PositiveInt = 53  # longest answer, in tokens (Huang 2024)
     epochs: PositiveInt = 4  # passes over a step's answers (Huang 2024; InstructGPT: 1)
     kl_coefficient: NonNegativeFloat = 0.02  # beta: reward lost for a nat away from the reference (InstructGPT)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the penalty, a token at a time: see recipes/common/rlhf.py
     kl_target: PositiveFloat | None = None  # nats a response that beta is steered to (Ziegler 2019); default: fixed
     gamma: NonNegativeFloat = 1.0  # no discount (InstructGPT)
     lam: NonNegativeFloat = 0.95  # GAE's lambda (InstructGPT)
@@ -63,12 +77,18 @@ class PPO:
     entropy_coefficient: NonNegativeFloat = 0.0  # weight of an entropy bonus (Huang 2024: none)
     reward_clip: PositiveFloat = 5.0  # of the normalised score, in standard deviations
     missing_stop_penalty: NonNegativeFloat = 1.0  # taken off the reward of an answer that does not end (Huang 2024)
+    length_penalty: NonNegativeFloat = 0.0  # taken off the reward for each token of an answer
+    whitening: Literal["global", "prompt", "none"] = (
+        "global"  # advantages to variance 1, over the step or each prompt's
+    )
     stop_kl: PositiveFloat | None = 0.05  # nats a token from pi_old at which a step's passes end; default: measured
     # its own model, from the reward model (InstructGPT); a head on the policy; or none: an answer is measured against the
     # prompt's other answers (RLOO), which takes several answers to a prompt
     critic: Literal["separate", "shared", "others"] = "separate"
     critic_learning_rate: PositiveFloat | None = None  # default: training.learning_rate, which is the policy's
     critic_warmup: NonNegativeInt = 0  # first steps in which the critic learns alone, the policy being as it was
+    pretraining_coefficient: NonNegativeFloat = 0.0  # gamma of PPO-ptx, whose text the section `pretraining` names
+    pretraining_length: PositiveInt = 128  # tokens of a block of that text; there are as many blocks as answers
 
 
 @dataclass
@@ -79,106 +99,48 @@ class Config:
     training: Section[transformers.TrainingArguments]
     evaluation: Evaluation
     run: Run
-
-
-@dataclass
-class Models:
-    """Two learn, together in `learner`, and two are frozen."""
-
-    learner: ActorCritic  # policy and critic, as accelerate prepared them
-    reference: PreTrainedModel  # the policy as it was: the SFT model
-    reward_model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  # of all four
-
-
-@dataclass
-class Rollout:
-    """A step's B answers and what is known about them. P: tokens of the longest prompt, R: of the longest answer."""
-
-    input_ids: Tensor  # [B, P+R], prompts padded on the left, answers on the right
-    attention_mask: Tensor  # [B, P+R], 1 on real tokens
-    prompt_length: int  # P
-    mask: Tensor  # [B, R], 1 on an answer's real tokens, its stop token included
-    logprobs: Tensor  # [B, R], under the policy that answered, pi_old
-    reference: Tensor  # [B, R], under the reference
-    values: Tensor  # [B, R], the critic's value before each token
-    entropy: Tensor  # [B, R], of the distribution that each token was drawn from
-    rewards: Tensor  # [B], normalised, clipped, penalised: what is maximised
-    answers: list[str]  # B texts
+    lora: Section[peft.LoraConfig] | None = None  # the policy learns an adapter; without it, it is the reference
+    pretraining: Data | None = None  # plain text of PPO-ptx
 
 
 # ---------------------------------------------------------------- rollouts
 
 
 def collect(
-    models: Models, prompts: list[list[int]], config: Config, accelerator: Accelerator, *, longest: int, seed: int
+    models: Models,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    longest: int,
+    seed: int,
+    oversample: int = 1,
 ) -> Rollout:
-    """Sample an answer of at most `longest` tokens to each prompt, and take all that PPO needs, without gradients.
+    """Answer the prompts, reward the answers, and read what PPO needs of those that it learns from: one in `oversample`."""
+    from recipes.common.ppo_rollout import answer, most_spread, read
 
-    The log-probabilities are not those of `generate` but of the forward that training runs, on the rows and in the
-    shapes of the first pass's minibatches: so the first minibatch's ratio is exactly 1, also in bf16.
-    """
-    import torch
-
-    from recipes.common.generation import generate_ids
-    from recipes.common.rlhf import pad, response_logits, sequence_scores, token_logprobs
-
-    tokenizer, stop, fill = models.tokenizer, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id
-    with whole_policy(models.learner, accelerator) as policy:
-        answers = generate_ids(
-            policy, prompts, stop=[stop], pad=fill, max_new_tokens=longest, batch_size=len(prompts),
-            temperature=1.0, seed=seed, bf16=config.training.bf16,
-        )  # fmt: skip
-    (left, left_mask), (right, mask) = pad(prompts, fill, "left"), pad(answers, fill, "right")  # [B, P], [B, R]
-    ids = torch.cat([left, right], dim=1).to(accelerator.device)  # [B, P+R]
-    attention = torch.cat([left_mask, mask], dim=1).to(accelerator.device)
-    length, parts = left.shape[1], []
-    with torch.no_grad(), accelerator.autocast():
-        for rows in torch.arange(len(ids)).split(config.training.per_device_train_batch_size):
-            logprobs, values, entropy = models.learner(ids[rows], attention[rows], length, with_entropy=True)
-            logits = response_logits(models.reference, ids[rows], attention[rows], length).logits
-            scores = sequence_scores(models.reward_model, ids[rows], attention[rows])
-            parts.append((logprobs, token_logprobs(logits, ids[rows, length:]), values, entropy, scores))
-    logprobs, reference, values, entropy, scores = (torch.cat(part) for part in zip(*parts, strict=True))
-    if not bool(torch.isfinite(scores).all()):
-        bad = scores[~torch.isfinite(scores)][0].item()
-        raise UserError(f"ppo.reward_model: {config.ppo.reward_model} gave an answer the score {bad}")
-    stopped = torch.tensor([answer[-1] == stop for answer in answers], device=ids.device)
-    return Rollout(
-        input_ids=ids,
-        attention_mask=attention,
-        prompt_length=length,
-        mask=mask.to(ids.device),
-        logprobs=logprobs,
-        reference=reference,
-        values=values,
-        entropy=entropy,
-        rewards=reward(scores, stopped, models.reward_model.config, config.ppo),
-        answers=[tokenizer.decode(answer[:-1] if answer[-1] == stop else answer) for answer in answers],
-    )
+    args, keep = config.training, len(prompts) // oversample
+    answers = answer(models, rows, prompts, args, accelerator, longest=longest, at_once=keep, seed=seed)
+    answers.rewards = reward(models, answers, config, accelerator)
+    kept = list(range(keep))
+    if oversample > 1:
+        kept = most_spread(answers.rewards, config.ppo.answers, keep // config.ppo.answers)
+    return read(models, answers, kept, args, accelerator)
 
 
-def reward(scores: Tensor, stopped: Tensor, scale: Any, ppo: PPO) -> Tensor:
-    """What is maximised, [B]: standard deviations above held-out good answers, clipped; less if unfinished."""
-    mean, std = getattr(scale, "reward_mean", 0.0), getattr(scale, "reward_std", 1.0)
-    clipped = ((scores - mean) / std).clamp(-ppo.reward_clip, ppo.reward_clip)
-    return clipped - ppo.missing_stop_penalty * (~stopped).float()
+def reward(models: Models, answers: Answers, config: Config, accelerator: Accelerator) -> Tensor:
+    """r(x, y), what is maximised, [N]: the model's score, normalised and clipped, and the function's; less for an answer
+    that does not end, and for each token."""
+    from recipes.common.ppo_rollout import function_scores, model_scores
 
-
-@contextmanager
-def whole_policy(learner: ActorCritic, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
-    """The bare policy, ready to generate. ZeRO-3 holds it in pieces: they are gathered for the time being."""
-    bare, plugin = accelerator.unwrap_model(learner), accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage < 3:
-        yield bare.policy
-        return
-    import deepspeed
-    from trl.models.utils import add_hooks, remove_hooks
-
-    with deepspeed.zero.GatheredParameters(list(bare.policy.parameters())):
-        remove_hooks(learner)
-        yield bare.policy
-        add_hooks(learner)
+    ppo, total = config.ppo, answers.rewards  # 0 as yet
+    if models.reward_model is not None:
+        scores = model_scores(models, answers, config.training, accelerator)
+        total = total + scores.clamp(-ppo.reward_clip, ppo.reward_clip)
+    if models.reward_function is not None:
+        total = total + function_scores(models, answers)
+    return total - ppo.missing_stop_penalty * (~answers.stopped).float() - ppo.length_penalty * answers.lengths
 
 
 # ---------------------------------------------------------------- learning
@@ -196,8 +158,12 @@ def update(
     *,
     seed: int,
     critic_only: bool = False,
+    text: Tensor | None = None,
 ) -> dict[str, float]:
-    """A step's passes over its answers. Returns what was seen, over the minibatches and all processes."""
+    """A step's passes over its answers, and over `text` [T, S], blocks of plain text, a micro-batch of each at a time.
+
+    Returns what was seen, over the minibatches and all processes.
+    """
     import torch
 
     from recipes.common import rlhf
@@ -205,15 +171,22 @@ def update(
     ppo, args, processes = config.ppo, config.training, accelerator.num_processes
     reduce = (lambda x: accelerator.reduce(x, "sum")) if processes > 1 else None
     mask = rollout.mask.float()  # [B, R]
-    rewards = rlhf.token_rewards(rollout.rewards, rollout.logprobs, rollout.reference, rollout.mask, beta)  # [B, R]
+    rewards = rlhf.token_rewards(
+        rollout.rewards, rollout.logprobs, rollout.reference, rollout.mask, beta, ppo.kl_estimator
+    )  # [B, R]
     if ppo.critic == "others":  # nothing to fit: the values are 0 and stay 0
         advantages, returns = rlhf.leave_one_out_advantages(rewards, mask, ppo.answers), rollout.values  # [B, R]
     else:
         advantages, returns = rlhf.generalized_advantages(rewards, rollout.values, mask, ppo.gamma, ppo.lam)  # [B, R]
-    advantages = rlhf.whiten(advantages, mask, reduce=reduce)  # [B, R]
+    if ppo.whitening == "global":
+        advantages = rlhf.whiten(advantages, mask, reduce=reduce)  # [B, R]
+    elif ppo.whitening == "prompt":
+        advantages = rlhf.whiten_groups(advantages, mask, ppo.answers)
 
+    blocks = iter(text.split(args.per_device_train_batch_size)) if text is not None and not critic_only else None
     generator = torch.Generator().manual_seed(seed)
     seen: list[Tensor] = []  # SEEN of each minibatch
+    text_losses: list[Tensor] = []
     ratio_error = 0.0
     for minibatch in minibatches(len(mask), config, generator):
         tokens = mask[minibatch].sum()
@@ -222,19 +195,24 @@ def update(
         for rows in minibatch.split(args.per_device_train_batch_size):
             m = mask[rows]  # [b, R]
             with accelerator.accumulate(models.learner):
-                logprobs, values, entropy = models.learner(
+                logprobs, values, entropy, text_loss = models.learner(
                     rollout.input_ids[rows],
                     rollout.attention_mask[rows],
                     rollout.prompt_length,
                     with_entropy=ppo.entropy_coefficient > 0,
-                )  # [b, R] each
+                    text=next(blocks) if blocks else None,
+                )  # [b, R] each, and []
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
                 loss = ppo.value_coefficient * value + (0 if critic_only else policy)  # [b, R]
                 if entropy is not None and not critic_only:
                     loss = loss - ppo.entropy_coefficient * entropy
                 # the minibatch's mean over tokens: accelerate divides by the accumulation steps, the sum must not be
-                accelerator.backward((loss * m).sum() / tokens * args.gradient_accumulation_steps)
+                total = (loss * m).sum() / tokens * args.gradient_accumulation_steps
+                if text_loss is not None:
+                    total = total + ppo.pretraining_coefficient * text_loss
+                    text_losses.append(text_loss.detach())
+                accelerator.backward(total)
                 if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(models.learner.parameters(), args.max_grad_norm)
                 optimizer.step()
@@ -253,6 +231,8 @@ def update(
         "minibatches": len(seen),
         "ratio_error": ratio_error,  # largest |rho - 1| of the first minibatch: 0, or training is not what answered
     }
+    if text_losses:
+        figures["text_loss"] = accelerator.reduce(torch.stack(text_losses).mean(), "mean").item()
     if ppo.critic != "others":
         figures["explained_variance"] = rlhf.explained_variance(rollout.values, returns, mask, reduce).item()
     return figures
@@ -267,114 +247,7 @@ def minibatches(answers: int, config: Config, generator: Any) -> Iterator[Tensor
         yield from (torch.randperm(answers, generator=generator) if epoch else torch.arange(answers)).split(size)
 
 
-def prompts_of_step(step: int, count: int, prompts: int, seed: int) -> list[int]:
-    """Which prompts a step answers: pieces of a fresh permutation every epoch. A function of the step, so resumable."""
-    import torch
-
-    chosen, position = [], step * count
-    while len(chosen) < count:
-        epoch, offset = divmod(position + len(chosen), prompts)
-        order = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        chosen += order[offset : offset + count - len(chosen)]
-    return chosen
-
-
-# ---------------------------------------------------------------- before and after
-
-
-def measure(
-    models: Models, rows: list[dict[str, Any]], prompts: list[list[int]], config: Config, accelerator: Accelerator
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Held-out reward, KL and length of sampled answers; where answers can be checked, exact match and the answers."""
-    import torch
-
-    from recipes.common.generation import exact_match, is_checkable
-
-    evaluation, parts = config.evaluation, []
-    for start in range(0, len(prompts), evaluation.batch_size):
-        batch = prompts[start : start + evaluation.batch_size]
-        rollout = collect(
-            models, batch, config, accelerator, longest=evaluation.max_new_tokens, seed=config.training.seed + start
-        )
-        kl = ((rollout.logprobs - rollout.reference) * rollout.mask).sum(dim=1)
-        parts.append(torch.stack([rollout.rewards, kl, rollout.mask.sum(dim=1).float()]))
-    means = torch.cat(parts, dim=1).mean(dim=1).tolist()
-    figures, answers = dict(zip(("reward", "kl", "response_length"), means, strict=True)), []
-    if is_checkable(rows[0]):
-        seed, bf16 = config.training.seed, config.training.bf16
-        with whole_policy(models.learner, accelerator) as policy:
-            right = exact_match(policy, models.tokenizer, rows, evaluation, seed=seed, bf16=bf16)
-        answers = right["answers"]
-        figures |= {name: right[name] for name in ("exact_match", "sampled_exact_match")}
-    return figures, answers
-
-
-def draw(run: RunFolder) -> None:
-    """Reward beside true score, the frontier of reward and KL, and the health of policy and critic."""
-    history = [row for row in run.history() if row.get("reward") is not None]
-    steps = [row["step"] for row in history]
-
-    def rewards(axes: Any) -> None:
-        axes.plot(steps, [row["reward"] for row in history], "C0", label="learned reward: what is maximised")
-        axes.set_xlabel("step")
-        axes.set_ylabel("learned reward, standard deviations")
-        lines = axes.get_lines()
-        if history[0].get("true_score") is not None:
-            other = axes.twinx()
-            other.plot(steps, [row["true_score"] for row in history], "C1", label="true score: never trained on")
-            other.set_ylabel("sampled answers that are right")
-            lines = [*lines, *other.get_lines()]
-        axes.legend(handles=lines, frameon=False, loc="lower right")
-
-    def frontier(axes: Any) -> None:
-        kl, learned = [row["kl"] for row in history], [row["reward"] for row in history]
-        axes.figure.colorbar(axes.scatter(kl, learned, c=steps, cmap="viridis", s=18), label="step")
-        axes.set_xlabel("KL from the SFT model, nats a response")
-        axes.set_ylabel("learned reward")
-
-    run.plot("reward_and_true_score", rewards)
-    run.plot("frontier", frontier)
-    run.plot_curve("kl", "kl", "kl_k3", label="KL from the SFT model, nats a response")
-    if history[-1].get("explained_variance") is not None:
-        run.plot_curve("critic", "explained_variance", "value_loss")
-    run.plot_curve("policy", "entropy", "clip_fraction", "update_kl")
-
-
-def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int = 60) -> str:
-    """Greedy answers to held-out prompts, SFT and PPO, those that changed first."""
-    pairs = sorted(zip(before, after, strict=True), key=lambda pair: pair[0]["greedy"] == pair[1]["greedy"])
-    changed = sum(a["greedy"] != b["greedy"] for a, b in pairs)
-    lines = [f"{changed} of {len(pairs)} greedy answers changed"]
-    for old, new in pairs[:count]:
-        lines += ["", old["prompt"]]
-        for who, told in (("SFT", old), ("PPO", new)):
-            lines.append(f"  {who}  {'right' if told['right'] else 'wrong'}  {told['greedy']!r}")
-    return "\n".join(lines) + "\n"
-
-
 # ---------------------------------------------------------------- putting it together
-
-
-def load_reward_model(config: Config, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> PreTrainedModel:
-    """The reward model. Raises UserError if it is none, or if it reads other tokens than the policy writes."""
-    from transformers import AutoModelForSequenceClassification
-
-    from recipes.common.models import load_model, load_tokenizer
-
-    name = config.ppo.reward_model
-    section = Model(name=name, dtype=config.model.dtype, attention=config.model.attention)
-    if load_tokenizer(section, run).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"ppo.reward_model: {name} has another tokenizer than the policy {config.model.name}, so it would score "
-            "other text than was written; train one from the same base (recipes/alignment/reward_model.py)"
-        )
-    model = load_model(section, tokenizer, run, auto_class=AutoModelForSequenceClassification)
-    if model.config.num_labels != 1 or not hasattr(model, "score"):
-        raise UserError(
-            f"ppo.reward_model: {name} gives {model.config.num_labels} labels; a reward model is a decoder with a "
-            "`score` head of one, as recipes/alignment/reward_model.py makes"
-        )
-    return model
 
 
 def encode(rows: Any, tokenizer: Any, config: Config, run: RunFolder) -> tuple[Any, list[list[int]]]:
@@ -392,6 +265,8 @@ def encode(rows: Any, tokenizer: Any, config: Config, run: RunFolder) -> tuple[A
 
 def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processes: int) -> None:
     """Raise UserError where the batch sizes do not divide, or a prompt and its answer do not fit the model."""
+    import importlib.util
+
     from recipes.common.generation import model_positions
 
     ppo, args, problems = config.ppo, config.training, []
@@ -406,8 +281,21 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
         problems.append(
             f"ppo.answers: {ppo.rollouts} rollouts cannot be {ppo.answers} answers to each prompt on {processes} process(es)"
         )
+    if ppo.reward_model is None and ppo.reward_function is None:
+        problems.append("ppo.reward_model: null, and no ppo.reward_function: nothing is rewarded")
+    if ppo.reward_model is None and ppo.critic == "separate":
+        problems.append("ppo.critic: separate starts from the reward model, and there is none: take shared or others")
+    if ppo.answers < 2 and (ppo.oversample > 1 or ppo.whitening == "prompt"):
+        key = "ppo.oversample" if ppo.oversample > 1 else "ppo.whitening"
+        problems.append(f"{key}: it looks at how the answers to one prompt differ: give ppo.answers of 2 or more")
+    if (ppo.pretraining_coefficient > 0) != (config.pretraining is not None):
+        problems.append(
+            "ppo.pretraining_coefficient: PPO-ptx takes a coefficient above 0 and a section `pretraining` that names its text"
+        )
     if ppo.critic == "others" and (ppo.answers < 2 or ppo.critic_warmup):
         problems.append("ppo.critic: others has nothing to warm up, and needs ppo.answers of 2 or more to compare")
+    if ppo.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        problems.append("ppo.engine: vllm is not installed here: install it, or take transformers")
     places = model_positions(policy)
     for section, longest in (("ppo", ppo.max_new_tokens), ("evaluation", config.evaluation.max_new_tokens)):
         if places and longest_prompt + longest > places:
@@ -417,6 +305,63 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
             )
     if problems:
         raise UserError(problems)
+
+
+def adapted(policy: PreTrainedModel, config: Config) -> Any:
+    """The policy with a fresh adapter. Raises UserError where it would not leave the reference, the rest, as it is."""
+    from recipes.common.peft_models import check_targets, with_adapter
+    from recipes.common.rlhf import check_frozen
+
+    assert config.lora is not None
+    check_targets(policy, config.lora.target_modules, "lora")
+    config.lora.task_type = config.lora.task_type or "CAUSAL_LM"
+    base = list(policy.parameters())
+    wrapped = with_adapter(policy, config.lora)
+    check_frozen(base, wrapped, f"lora.bias: {config.lora.bias} makes weights of the model itself learn; use none")
+    if config.training.gradient_checkpointing:
+        wrapped.enable_input_require_grads()  # a frozen embedding gives the checkpointed layers nothing to differentiate
+    return wrapped
+
+
+def load_reward_model(config: Config, tokenizer: Any, run: RunFolder) -> PreTrainedModel | None:
+    """The reward model, if there is one. Raises UserError if it is none, or reads other tokens than the policy writes."""
+    from recipes.common import own_answers
+
+    name = config.ppo.reward_model
+    return own_answers.load_reward_model(name, config.model, tokenizer, run, "ppo.reward_model") if name else None
+
+
+def plain_text(config: Config, tokenizer: Any, run: RunFolder) -> tuple[Tensor, Tensor]:
+    """Blocks of the text of PPO-ptx, to learn from [T, S] and held out."""
+    import torch
+
+    from recipes.common.data import load_data
+    from recipes.common.packing import pack_texts
+
+    assert config.pretraining is not None
+    data, length = load_data(config.pretraining, "text"), config.ppo.pretraining_length
+    train, held_out = (
+        torch.tensor(pack_texts(data[split], tokenizer, length)["input_ids"]) for split in ("train", "validation")
+    )
+    return train, held_out[: config.evaluation.max_samples]
+
+
+def save(models: Models, batch: dict[str, Tensor], run: RunFolder, accelerator: Accelerator) -> None:
+    """The policy to model/; of a LoRA policy the adapter to adapter/, and the merged model to model/."""
+    from recipes.common.peft_models import merge
+    from recipes.common.ppo_rollout import whole_policy
+
+    plugin = accelerator.state.deepspeed_plugin
+    with whole_policy(models.learner, accelerator) as policy:
+        if models.reference is not None:
+            run.save_model(policy, models.tokenizer)
+            return
+        run.save_model(policy, models.tokenizer, folder="adapter")
+        if plugin is not None and plugin.zero_stage == 3:
+            run.say("  the model is sharded, so it is not merged here: adapter/ is the result")
+            return
+        merged, _ = merge(policy, {name: value.to(accelerator.device) for name, value in batch.items()})
+        run.save_model(merged, models.tokenizer)
 
 
 def freeze(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
@@ -436,127 +381,156 @@ def count_accumulation(accelerator: Accelerator) -> Accelerator:
 
 
 def main(config: Config, run: RunFolder) -> dict[str, float]:
-    """Data, four models, measure, answer and learn step by step, measure again, save."""
+    """Data, models, measure, answer and learn step by step, measure again, save."""
+    import functools
+
     import torch
     from transformers import Trainer, get_scheduler
 
-    from recipes.common import rlhf
+    from recipes.common import ppo_measure, ppo_rollout, rlhf
     from recipes.common.data import load_data
     from recipes.common.generation import is_checkable
     from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import preflight
     from recipes.common.training import Loop, make_accelerator
+    from recipes.common.verifiable_rewards import find, tasks
 
-    ppo, args = config.ppo, config.training
+    ppo, args, evaluation = config.ppo, config.training, config.evaluation
     if args.fsdp:
         raise UserError("ppo: FSDP cannot generate between updates; use LAUNCH=ddp, zero2 or zero3")
     accelerator = count_accumulation(make_accelerator(args))
     rank, processes = accelerator.process_index, accelerator.num_processes
 
-    # prompts only: answers that stand beside them in the data are not looked at
+    # prompts, and for a reward function their other columns
     tokenizer = load_tokenizer(config.model, run, chat=True)
     data = load_data(config.data, "prompt")
     rows, prompts = encode(data["train"], tokenizer, config, run)
-    held_out = data["validation"].select(range(min(len(data["validation"]), config.evaluation.max_samples)))
+    held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples)))
     held_out, held_out_prompts = encode(held_out, tokenizer, config, run)
+    function = find(ppo.reward_function, rows.column_names) if ppo.reward_function else None
 
     policy = load_model(config.model, tokenizer, run)
     check(config, max(map(len, prompts + held_out_prompts)), policy, processes)
+    text, held_out_text = plain_text(config, tokenizer, run) if config.pretraining else (None, None)
+    if config.lora is not None:
+        policy = adapted(policy, config)
     reward_model = load_reward_model(config, tokenizer, run)
     critic = load_reward_model(config, tokenizer, run) if ppo.critic == "separate" else None
-    learner = rlhf.ActorCritic(policy, critic, reward_model.config)
+    learner = rlhf.ActorCritic(policy, critic and critic.requires_grad_(True), getattr(reward_model, "config", None))
     if ppo.critic == "others":
         learner.head.requires_grad_(False)  # stays 0: there is no critic
     rlhf.disable_dropout(learner)
     if args.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    asked_a_step = ppo.rollouts // ppo.answers
+    asked_a_step = ppo.rollouts // ppo.answers * ppo.oversample
     steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * len(prompts) / asked_a_step))
     asked = [prompt + [tokenizer.eos_token_id] * ppo.max_new_tokens for prompt in prompts[: ppo.rollouts // processes]]
     ids, mask = rlhf.pad(asked, tokenizer.pad_token_id, "left")
-    preflight(run, learner, {"input_ids": ids, "attention_mask": mask}, args=args, total_steps=steps)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    preflight(run, learner, batch, args=args, total_steps=steps)
 
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, policy)
     policy_rate, critic_rate = options.pop("lr"), ppo.critic_learning_rate or args.learning_rate
-    critics = [p for name, p in learner.named_parameters() if p.requires_grad and not name.startswith("policy.")]
-    groups = [{"params": policy.parameters(), "lr": policy_rate}, {"params": critics, "lr": critic_rate}]
-    groups = groups if critics else groups[:1]
-    optimizer = optimizer_class(groups, **{"weight_decay": args.weight_decay, **options})
+    learned = [(name, p) for name, p in learner.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in learned if name.startswith("policy.")], "lr": policy_rate},
+        {"params": [p for name, p in learned if not name.startswith("policy.")], "lr": critic_rate},
+    ]
+    optimizer = optimizer_class([g for g in groups if g["params"]], **{"weight_decay": args.weight_decay, **options})
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:  # what accelerate would read off a DataLoader
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     learner, optimizer = accelerator.prepare(learner, optimizer)
     beta = rlhf.KLCoefficient(ppo.kl_coefficient, ppo.kl_target)
     accelerator.register_for_checkpointing(scheduler, beta)
-    reference = load_model(config.model, tokenizer, run)
-    models = Models(learner, freeze(reference, accelerator), freeze(reward_model, accelerator), tokenizer)
+    models = ppo_rollout.Models(learner, None, None, tokenizer, function)
+    if config.lora is None:
+        models.reference = freeze(load_model(config.model, tokenizer, run), accelerator)
+        rlhf.check_frozen(list(models.reference.parameters()), learner, "load it anew")
+    if reward_model is not None:
+        models.reward_model = freeze(reward_model, accelerator)
+    if ppo.engine == "vllm":
+        models.engine = ppo_rollout.start_vllm(accelerator.unwrap_model(learner).policy, tokenizer, accelerator)
+    answer = functools.partial(collect, models, config=config, accelerator=accelerator)
+    measure = functools.partial(
+        ppo_measure.measure,
+        answer,
+        models,
+        held_out.to_list(),
+        held_out_prompts,
+        held_out_text,
+        evaluation,
+        args,
+        accelerator,
+    )
 
-    before, answers_before = measure(models, held_out.to_list(), held_out_prompts, config, accelerator)
+    before, answers_before = measure()
     run.say("before  " + "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
+    if config.lora is not None and abs(before["kl"]) > 1e-2:
+        raise UserError(
+            f"lora: a fresh adapter is {before['kl']:.3g} nats away from the model without it, which is the reference: "
+            "use an initialisation that leaves the model as it is (lora.init_lora_weights: true)"
+        )
 
     loop = Loop(run, args, accelerator, total_steps=steps, time_limit_minutes=config.run.time_limit_minutes)
     for step in loop:
-        chosen = prompts_of_step(step, ppo.rollouts // ppo.answers, len(prompts), args.seed)[rank::processes]
+        chosen = ppo_rollout.rows_of_step(step, asked_a_step, len(prompts), args.seed)[rank::processes]
         chosen = [i for i in chosen for _ in range(ppo.answers)]
         seed = args.seed + processes * step + rank
-        rollout = collect(
-            models, [prompts[i] for i in chosen], config, accelerator, longest=ppo.max_new_tokens, seed=seed
-        )
+        rollout = answer(
+            rows.select(chosen).to_list(), [prompts[i] for i in chosen],
+            longest=ppo.max_new_tokens, seed=seed, oversample=ppo.oversample,
+        )  # fmt: skip
+        blocks = None
+        if text is not None:
+            mine = ppo_rollout.rows_of_step(step, ppo.epochs * ppo.rollouts, len(text), args.seed)[rank::processes]
+            blocks = text[mine].to(accelerator.device)
         figures = update(
-            models, optimizer, rollout, beta.value, config, accelerator, seed=seed, critic_only=step < ppo.critic_warmup
-        )
+            models, optimizer, rollout, beta.value, config, accelerator,
+            seed=seed, critic_only=step < ppo.critic_warmup, text=blocks,
+        )  # fmt: skip
 
-        mask = rollout.mask.float()
+        answers, mask = rollout.all, rollout.mask.float()
         kl, kl_k3 = (rlhf.kl_estimate(rollout.logprobs, rollout.reference, kind) * mask for kind in ("k1", "k3"))
         seen = {
-            "reward": rollout.rewards.mean(),
+            "reward": answers.rewards.mean(),  # of all answers, not only those that are learned from
             "kl": kl.sum(dim=1).mean(),
             "kl_k3": kl_k3.sum(dim=1).mean(),
             "entropy": rlhf.masked_mean(rollout.entropy, mask),
-            "response_length": mask.sum(dim=1).mean(),
+            "response_length": answers.lengths.mean(),
         }
-        if is_checkable(rows[0]):
-            right = [tasks_check(rows[i], text) for i, text in zip(chosen, rollout.answers, strict=True)]
-            seen["true_score"] = mask.new_tensor(right).mean()
+        if ppo.answers > 1:  # prompts of those that are learned from whose answers differ in reward
+            seen["informative"] = (ppo_rollout.spread_of(rollout.rewards, ppo.answers) > 1e-6).float().mean()
+        if is_checkable(answers.rows[0]):
+            seen["true_score"] = mask.new_tensor(tasks(answers.texts, answers.rows)).mean()
         means = accelerator.reduce(torch.stack(list(seen.values())), "mean").tolist()
         figures |= dict(zip(seen, means, strict=True))
         figures |= {"kl_coefficient": beta.value, "learning_rate": scheduler.get_last_lr()[0]}
         beta.update(figures["kl"])
         scheduler.step()
         if step % max(1, steps // 8) == 0:
-            run.sample(f"step_{step + 1:05d}.txt", sampled(rows.select(chosen[:20]), rollout))
+            run.sample(f"step_{step + 1:05d}.txt", ppo_measure.sampled(rollout))
         loop.log(figures.pop("loss"), rollout.input_ids.numel(), **figures)
 
-    after, answers_after = measure(models, held_out.to_list(), held_out_prompts, config, accelerator)
-    with whole_policy(learner, accelerator) as policy:
-        run.save_model(policy, tokenizer)
-    draw(run)
+    after, answers_after = measure()
+    save(models, batch, run, accelerator)
+    ppo_measure.draw(run, learned=function is None)
     if answers_after:
-        run.sample("before_and_after.txt", side_by_side(answers_before, answers_after))
+        run.sample("before_and_after.txt", side_by_side(answers_before, answers_after, "PPO"))
     return {
         **{name: value for name, value in after.items() if name not in ("reward", "response_length")},
-        **{f"baseline_{name}": before[name] for name in ("exact_match", "sampled_exact_match") if name in before},
+        **{
+            f"baseline_{name}": before[name]
+            for name in ("exact_match", "sampled_exact_match", "text_loss")
+            if name in before
+        },
         "reward_before": before["reward"],
         "reward_after": after["reward"],
         "response_length_before": before["response_length"],
         "response_length_after": after["response_length"],
     }
-
-
-def tasks_check(row: dict[str, Any], text: str) -> bool:
-    """Whether an answer to a builtin task is right. Only ever reported."""
-    from recipes.common.builtin.tasks import check
-
-    return check(row, text)
-
-
-def sampled(rows: Any, rollout: Rollout) -> str:
-    """Some of a step's prompts with their sampled answers and rewards."""
-    return "".join(
-        f"{row['prompt'][-1]['content']}\n  {value:+.2f}  {text!r}\n"
-        for row, value, text in zip(rows, rollout.rewards.tolist(), rollout.answers, strict=False)
-    )
 
 
 if __name__ == "__main__":

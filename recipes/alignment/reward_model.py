@@ -9,9 +9,17 @@ pairs are K = 2. The score is read at the answer's last token, which is the stop
 A small model loses what it knows about answers while it is bent to score them. Three things keep it: its lowest layers
 can stay frozen, fresh layers can be put on top of its own, and it can go on predicting the best answers' tokens (GRM).
 
+Three more, all off by default, are about what the scores are to look like:
+
+    log sigmoid(r_w - r_l - m)     further apart where people are surer: m grows with the ranks (Llama 2, eq. 2)
+    + (r_w + r_l)^2                around 0, where differences alone let them drift (Eisenstein 2023)
+    w log sigmoid(r_w - r_l)       no higher for being longer: pairs are weighed so that length tells nothing of who won
+
 InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; GRM: Yang et al. 2024, https://arxiv.org/abs/2406.10216
+Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
 
     make reward_model                                       # laptop, offline, 6 minutes, from `make full`
+    make reward_model CONFIG=length_debiased                # laptop, with pairs of which length tells nothing
     make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf), 10 minutes
     make reward_model CONFIG=gpu                            # one GPU, a public model and preference set
     make reward_model CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node
@@ -51,6 +59,9 @@ class Reward:
     new_layers: NonNegativeInt = 0  # fresh layers on top of the model's own
     frozen_layers: NonNegativeInt = 0  # lowest layers that stay as they are
     language_coefficient: NonNegativeFloat = 0.0  # weight of the language-model loss on the best answers (GRM)
+    margin: NonNegativeFloat = 0.0  # m for one rank between two answers (Llama 2: 1/3, or 1 where it is to tell more)
+    centering_coefficient: NonNegativeFloat = 0.0  # weight of a pair's (r_w + r_l)^2 (TRL: 0.01)
+    balance_lengths: bool = False  # weigh the pairs so that length alone does not tell the better one
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, as a small model was pretrained
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices; training.learning_rate is that of the rest
 
@@ -63,6 +74,9 @@ class Config:
     training: Section[transformers.TrainingArguments]
     evaluation: Evaluation
     run: Run
+    demonstrations: Data | None = (
+        None  # answers that are to score 0 on average (InstructGPT); default: the held-out best
+    )
 
 
 # ---------------------------------------------------------------- data: a batch element is a prompt with its K answers
@@ -108,10 +122,13 @@ def sample_candidates(
     return rows.from_list(found)
 
 
-def comparisons(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, run: RunFolder) -> Any:
+def comparisons(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, run: RunFolder, *, skip: bool = False
+) -> Any:
     """Canonical preference rows with "sequences" beside them: K lists of ids, each prompt, answer, stop token.
 
-    Adds "length", of the longest, and "start", the prompt's length. Raises UserError when reward.max_length leaves nothing.
+    Adds "length", of the longest, and "start", the prompt's length. Raises UserError when reward.max_length leaves nothing,
+    and for answers of different rank that are the same tokens (`skip` leaves such rows out).
     """
     from recipes.common.chat import encode_plain
     from recipes.common.rlhf import prompt_ids
@@ -120,15 +137,34 @@ def comparisons(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_
         prompt = prompt_ids(tokenizer, row["prompt"])
         answers = encode_plain(tokenizer, row["completions"])
         sequences = [[*prompt, *answer, tokenizer.eos_token_id] for answer in answers]
-        return {"sequences": sequences, "length": max(map(len, sequences)), "start": len(prompt)}
+        ranks: dict[tuple[int, ...], int] = {}
+        alike = any(ranks.setdefault(tuple(a), r) != r for a, r in zip(answers, row["ranks"], strict=True))
+        return {"sequences": sequences, "length": max(map(len, sequences)), "start": len(prompt), "alike": alike}
 
     encoded = rows.map(encode)
-    kept = encoded.filter(lambda row: row["length"] <= max_length)
+    alike = [i for i, same in enumerate(encoded["alike"]) if same]
+    if alike and not skip:
+        raise UserError(
+            f"data: row {alike[0] + 1} ({rows[alike[0]]['prompt'][-1]['content'][:40]!r}): two answers of different rank "
+            "are the same tokens, so that no score could tell them apart; leave such rows out (data.on_bad_row: skip)"
+        )
+    kept = encoded.filter(lambda row: row["length"] <= max_length and not row["alike"]).remove_columns("alike")
     if len(kept) == 0:
         raise UserError(f"reward.max_length: every one of {len(rows)} comparisons is longer than {max_length} tokens")
     if len(kept) < len(rows):
-        run.say(f"  {len(rows) - len(kept)} of {len(rows)} comparisons are longer than {max_length} tokens: left out")
+        why = f"longer than {max_length} tokens" + (", or of answers that are the same tokens" if alike else "")
+        run.say(f"  {len(rows) - len(kept)} of {len(rows)} comparisons are {why}: left out")
     return kept
+
+
+def demonstrations(data: Data, tokenizer: Any, config: Config, run: RunFolder) -> Any:
+    """Held-out conversations in the form of comparisons, with nothing to compare: K = 1."""
+    from recipes.common.data import load_data
+
+    rows = load_data(data, "conversation")["validation"]
+    rows = rows.select(range(min(len(rows), config.evaluation.max_samples)))
+    alone = [{"prompt": turns[:-1], "completions": [turns[-1]["content"]], "ranks": [0]} for turns in rows["messages"]]
+    return comparisons(type(rows).from_list(alone), tokenizer, config.reward.max_length, run)
 
 
 def collate(rows: list[dict[str, Any]], fill: int) -> dict[str, torch.Tensor]:
@@ -212,7 +248,11 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
     from transformers import Trainer
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    from recipes.common.rlhf import ranking_loss
+    from recipes.common.preferences import length_balance, ranking_figures
+    from recipes.common.rlhf import centering_loss, ranking_loss
+
+    knobs = config.reward
+    tilt, scale = length_balance(train) if knobs.balance_lengths else (0.0, 1.0)
 
     class ByLength(torch.utils.data.Sampler):
         """Rows of a similar length together, in an order that the epoch alone decides: a resumed run finds it again."""
@@ -243,17 +283,23 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 use_cache=False,
-                output_hidden_states=config.reward.language_coefficient > 0,
+                output_hidden_states=knobs.language_coefficient > 0,
             )
             scores = told.logits.squeeze(-1)  # [N]
             with torch.no_grad():
                 pair = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])  # [N, N]
                 difference = (scores[:, None] - scores[None, :])[pair]
                 self.accuracies.append(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
-            loss = ranking_loss(scores, ranks, group)
-            if config.reward.language_coefficient:
+            weights = None
+            if knobs.balance_lengths:
+                lengths = inputs["attention_mask"].sum(dim=1)  # [N]; a prompt's answers share its prompt
+                weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))  # [N, N]
+            loss = ranking_loss(scores, ranks, group, knobs.margin, weights)
+            if knobs.centering_coefficient:
+                loss = loss + knobs.centering_coefficient * centering_loss(scores, ranks, group)
+            if knobs.language_coefficient:
                 table = self.model.get_input_embeddings().weight
-                loss = loss + config.reward.language_coefficient * language_loss(told.hidden_states[-1], inputs, table)
+                loss = loss + knobs.language_coefficient * language_loss(told.hidden_states[-1], inputs, table)
             return (loss, {"scores": scores}) if return_outputs else loss
 
         def log(self, logs, start_time=None):  # type: ignore[no-untyped-def]
@@ -308,58 +354,28 @@ def score_all(model: PreTrainedModel, data: Any, tokenizer: Any, config: Config)
     return scores
 
 
-def pairs_of(scores: list[list[float]], data: Any) -> tuple[Any, Any, Any]:
-    """Every untied pair: score of the better - of the worse [P], rank gap [P], weight [P] = 1 / pairs of its prompt."""
-    import numpy as np
+def per_token(model: PreTrainedModel, scores: list[list[float]], data: Any, tokenizer: Any, count: int = 8) -> str:
+    """The score after each token of some prompts' best- and worst-scored answers, to see where the model makes up its mind.
 
-    differences, gaps, weights = [], [], []
-    for row, ranks in zip(scores, data["ranks"], strict=True):
-        pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-        differences += [row[i] - row[j] for i, j in pairs]
-        gaps += [ranks[j] - ranks[i] for i, j in pairs]
-        weights += [1 / len(pairs)] * len(pairs)
-    return np.array(differences), np.array(gaps), np.array(weights)
-
-
-def ranking_figures(scores: list[list[float]], data: Any) -> dict[str, float]:
-    """Share of pairs ranked right (an equal score is half right), the K-way loss, how far confidence is from truth."""
-    import numpy as np
-
-    differences, gaps, weights = pairs_of(scores, data)
-    right = np.where(differences == 0, 0.5, differences > 0)
-    predicted, observed, count = calibration(differences)
-    return {
-        "accuracy": float(right.mean()),
-        "loss": float((np.logaddexp(0, -differences) * weights).sum() / weights.sum()),
-        "calibration_error": float((np.abs(predicted - observed) * count).sum() / count.sum()),
-        **{f"accuracy_gap_{gap}": float(right[gaps == gap].mean()) for gap in np.unique(gaps)},
-    }
-
-
-def calibration(differences: Any, bins: int = 10) -> tuple[Any, Any, Any]:
-    """Confidence of the model in the answer it prefers, 0.5 to 1, against how often that one is the better: by bin.
-
-    Returns mean confidence, share right and count of the bins that hold any pair.
+    Only the last token's was ever trained; the others are what the same head says on the way.
     """
-    import numpy as np
+    import torch
 
-    confidence, right = 1 / (1 + np.exp(-np.abs(differences))), differences > 0
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    filled = np.unique(which)
-    return tuple(
-        np.array([f(which == b) for b in filled])
-        for f in (lambda m: confidence[m].mean(), lambda m: right[m].mean(), lambda m: m.sum())
-    )  # type: ignore[return-value]
+    from recipes.common.generation import inference
+    from recipes.common.rlhf import token_scores
 
-
-def length_baseline(train: Any, held_out: Any) -> float:
-    """Accuracy of preferring the longer answer, or the shorter: whichever is right more often in training."""
-
-    def longer_is_better(data: Any) -> float:
-        return ranking_figures([[float(len(s)) for s in row] for row in data["sequences"]], data)["accuracy"]
-
-    share = longer_is_better(train.select(range(min(len(train), 2000))))
-    return longer_is_better(held_out) if share >= 0.5 else 1 - longer_is_better(held_out)
+    lines = []
+    with inference(model):
+        for row, told in zip(data.select(range(min(count, len(data)))), scores, strict=False):
+            lines += ["", f"{row['prompt'][-1]['role']}: {row['prompt'][-1]['content']}"]
+            order = sorted(range(len(told)), key=lambda k: -told[k])
+            for k in dict.fromkeys((order[0], order[-1])):
+                ids = torch.tensor([row["sequences"][k]], device=model.device)
+                after = token_scores(model, ids, torch.ones_like(ids))[0, row["start"] :].tolist()
+                tokens = [tokenizer.decode([i]) for i in row["sequences"][k][row["start"] :]]
+                lines.append(f"  rank {row['ranks'][k]}")
+                lines += [f"    {score:+7.2f}  {token!r}" for score, token in zip(after, tokens, strict=True)]
+    return "\n".join(lines[1:]) + "\n"
 
 
 # ---------------------------------------------------------------- saving
@@ -384,73 +400,8 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
                 raise RuntimeError(f"the saved reward model gives other scores: {loaded.tolist()}, not {kept.tolist()}")
 
 
-def plots(scores: list[list[float]], held_out: Any, run: RunFolder) -> None:
-    """Scores of the best against the others, accuracy by rank gap, calibration, and the training curves."""
-    best = [
-        s
-        for row, ranks in zip(scores, held_out["ranks"], strict=True)
-        for s, r in zip(row, ranks, strict=True)
-        if r == 0
-    ]
-    rest = [
-        s
-        for row, ranks in zip(scores, held_out["ranks"], strict=True)
-        for s, r in zip(row, ranks, strict=True)
-        if r > 0
-    ]
-
-    def histogram(axes: Any) -> None:
-        import numpy as np
-
-        edges = np.linspace(min(best + rest), max(best + rest), 41)
-        axes.hist(
-            [best, rest], edges, label=["best ranked", "the others"], histtype="stepfilled", alpha=0.55, density=True
-        )
-        axes.set_xlabel("score of held-out answers")
-        axes.set_ylabel("density")
-        axes.legend(frameon=False)
-
-    def reliability(axes: Any) -> None:
-        predicted, observed, count = calibration(pairs_of(scores, held_out)[0])
-        axes.plot([0.5, 1], [0.5, 1], "--", color="grey", label="perfect")
-        axes.scatter(
-            predicted, observed, s=20 + 300 * count / count.max(), alpha=0.7, label="held-out pairs (area: how many)"
-        )
-        axes.set_xlabel("model's confidence, sigmoid |r_1 - r_2|")
-        axes.set_ylabel("share of pairs that it ranks right")
-        axes.legend(frameon=False, loc="upper left")
-
-    def by_gap(axes: Any) -> None:
-        import numpy as np
-
-        differences, gaps, _ = pairs_of(scores, held_out)
-        found = np.unique(gaps)
-        axes.bar(found, [(differences[gaps == g] > 0).mean() for g in found], width=0.6)
-        axes.axhline(0.5, color="grey", linestyle="--")
-        axes.set_xticks(found)
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("difference of ranks")
-        axes.set_ylabel("accuracy")
-
-    run.plot("rewards", histogram)
-    run.plot("calibration", reliability)
-    run.plot("accuracy_by_rank_gap", by_gap)
-    run.plot_curve("loss", "loss", "eval_loss")
-    run.plot_curve("accuracy", "accuracy", "eval_accuracy")
-
-
-def ranked_sample(scores: list[list[float]], held_out: Any, count: int = 20) -> str:
-    """Some held-out prompts with their answers, from the highest score down, beside the rank that they should have."""
-    lines = []
-    for row, row_scores in zip(held_out.select(range(min(count, len(scores)))), scores, strict=False):
-        lines.append(f"{row['prompt'][-1]['role']}: {row['prompt'][-1]['content']}")
-        order = sorted(range(len(row_scores)), key=lambda k: -row_scores[k])
-        lines += [f"  {row_scores[k]:+7.2f}  rank {row['ranks'][k]}  {row['completions'][k]!r}" for k in order]
-    return "\n".join(lines) + "\n"
-
-
 def main(config: Config, run: RunFolder) -> dict[str, float]:
-    """Train the reward model; figures on held-out comparisons beside baselines that have learned nothing."""
+    """Train the reward model; figures on held-out comparisons beside baselines that read no meaning."""
     import math
 
     import numpy as np
@@ -458,8 +409,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification
 
     from recipes.common.data import load_data
+    from recipes.common.generation import model_positions
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
+    from recipes.common.preferences import (
+        draw,
+        length_baseline,
+        length_bias,
+        ranked_sample,
+        ranking_figures,
+        words_baseline,
+    )
     from recipes.common.preflight import preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
     from recipes.common.training import fit
@@ -483,10 +443,11 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     keep_head_in_full_precision(model)
     disable_dropout(model)  # answers of one prompt are compared with each other: noise between them is not wanted
 
-    data = load_data(config.data, "preference")
-    rows, limit = data["train"], config.reward.max_length
+    data, skip = load_data(config.data, "preference"), config.data.on_bad_row == "skip"
+    rows, limit = data["train"], min(config.reward.max_length, model_positions(model) or config.reward.max_length)
     held_out_rows = data["validation"].select(range(min(len(data["validation"]), config.evaluation.max_samples)))
-    held_out, sampled_held_out = comparisons(held_out_rows, tokenizer, limit, run), None
+    held_out, sampled_held_out = comparisons(held_out_rows, tokenizer, limit, run, skip=skip), None
+    shown = demonstrations(config.demonstrations, tokenizer, config, run) if config.demonstrations else None
     if config.reward.candidates != "given" and not run.dry:
         both = config.reward.candidates == "both"
         asked = min(len(rows), config.reward.sampled_prompts)
@@ -494,8 +455,9 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         others = [rows.skip(asked).select_columns(own.column_names)] if both and asked < len(rows) else []
         rows = concatenate_datasets([own, *others])
         own = sample_candidates(held_out_rows, tokenizer, config, run, beside_given=False)
-        sampled_held_out = comparisons(own, tokenizer, limit, run)
-    train = comparisons(rows, tokenizer, limit, run)
+        sampled_held_out = comparisons(own, tokenizer, limit, run, skip=True)
+        skip = True  # two of its answers may be other text and the same tokens
+    train = comparisons(rows, tokenizer, limit, run, skip=skip)
 
     args = config.training
     prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -506,7 +468,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     preflight(run, model, batch, args=args, total_steps=steps)
 
     untrained = ranking_figures(score_all(model, held_out, tokenizer, config), held_out)
-    length = length_baseline(train, held_out)
+    length, words = length_baseline(train, held_out), words_baseline(train, held_out)
     trainer = make_trainer(model, tokenizer, train, held_out, config)
     if config.reward.optimizer == "muon":
         trainer.optimizer = muon_with_adamw(model, args, config.reward.muon_learning_rate)
@@ -517,33 +479,39 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         own_scores = score_all(model, sampled_held_out, tokenizer, config)
         figures["sampled_reward_accuracy"] = ranking_figures(own_scores, sampled_held_out)["accuracy"]
 
-    # InstructGPT shifts scores so that good answers get 0 on average; dividing by the spread lets one KL coefficient
+    # InstructGPT shifts scores so that demonstrations get 0 on average; dividing by the spread lets one KL coefficient
     # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std.
-    best = [
+    good = [
         s
         for row, ranks in zip(scores, held_out["ranks"], strict=True)
         for s, r in zip(row, ranks, strict=True)
         if r == 0
     ]
-    model.config.reward_mean = float(np.mean(best))
+    if shown is not None:
+        good = [score for (score,) in score_all(model, shown, tokenizer, config)]
+    model.config.reward_mean = float(np.mean(good))
     model.config.reward_std = float(np.std([s for row in scores for s in row]))
     save_and_reload(model, tokenizer, held_out, run)
 
-    plots(scores, held_out, run)
+    draw(scores, held_out, run)
     run.sample("ranked.txt", ranked_sample(scores, held_out))
+    run.sample("per_token.txt", per_token(model, scores, held_out, tokenizer))
     run.card(
         "The score of a conversation is `model(**inputs).logits`, read at its last token, the stop token. "
-        "`recipes/alignment/ppo.py` uses (score - config.reward_mean) / config.reward_std: the best-ranked held-out "
-        "answers get 0 on average, and all held-out answers have spread 1."
+        "`recipes/alignment/ppo.py` uses (score - config.reward_mean) / config.reward_std: "
+        f"{'demonstrations' if shown is not None else 'the best-ranked held-out answers'} get 0 on average, and all "
+        "held-out answers have spread 1."
     )
     return {
         "reward_accuracy": figures.pop("accuracy"),
-        "baseline_accuracy": max(0.5, untrained["accuracy"], length),
+        "baseline_accuracy": max(0.5, untrained["accuracy"], length, words),
         "baseline_untrained_accuracy": untrained["accuracy"],
         "baseline_length_accuracy": length,
+        "baseline_words_accuracy": words,
         "eval_loss": figures.pop("loss"),
         "baseline_loss": untrained["loss"],
         **figures,
+        **length_bias(scores, held_out),
         "reward_mean": model.config.reward_mean,
         "reward_std": model.config.reward_std,
     }

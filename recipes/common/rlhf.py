@@ -6,6 +6,8 @@ Papers, by the name used below:
   GAE          Schulman et al. 2016, https://arxiv.org/abs/1506.02438
   Ziegler      Ziegler et al. 2019, https://arxiv.org/abs/1909.08593
   k1, k2, k3   Schulman 2020, http://joschu.net/blog/kl-approx.html
+  Llama 2      Touvron et al. 2023, https://arxiv.org/abs/2307.09288
+  Eisenstein   Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
 
 Shapes: B sequences of P prompt tokens (padded on the left) and R response tokens (padded on the right); V words;
 `mask` [B, R] is 1 on the response's real tokens, the stop token included, 0 on padding.
@@ -14,7 +16,7 @@ Shapes: B sequences of P prompt tokens (padded on the left) and R response token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +33,51 @@ Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes; the ide
 # ---------------------------------------------------------------- rankings and scores
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
-    """InstructGPT eq. (1): - 1/C(K,2) E log sigmoid(r_w - r_l), over all pairs of each prompt, then over the prompts.
+def untied_pairs(ranks: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices of the better and of the worse answer of every untied pair of every prompt: [pairs] both.
 
-    scores, ranks, group: [N], one entry a completion; rank 0 is best; `group` says which prompt it answers. Completions
-    of equal rank make no pair, so C(K,2) becomes the number of the prompt's untied pairs. Every prompt weighs the same,
-    however many completions it has. Raises ValueError when nothing can be compared.
+    ranks, group: [N], one entry a completion; rank 0 is best; `group` says which prompt it answers. Raises ValueError
+    when nothing can be compared.
     """
     pair = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])  # [N, N], row wins over column
     winner, loser = pair.nonzero(as_tuple=True)  # [pairs]
     if len(winner) == 0:
         raise ValueError("no pair to compare: every completion of every prompt has the same rank")
-    losses = -F.logsigmoid(scores[winner].float() - scores[loser].float())  # [pairs]
-    _, prompt, pairs = group[winner].unique(return_inverse=True, return_counts=True)
-    return (losses / pairs[prompt]).sum() / len(pairs)
+    return winner, loser
+
+
+def mean_over_prompts(values: Tensor, prompt: Tensor) -> Tensor:
+    """Mean of a pair's value over the pairs of each prompt, then over the prompts: both [pairs] -> []."""
+    _, prompt, pairs = prompt.unique(return_inverse=True, return_counts=True)
+    return (values / pairs[prompt]).sum() / len(pairs)
+
+
+def ranking_loss(
+    scores: Tensor, ranks: Tensor, group: Tensor, margin: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
+    """InstructGPT eq. (1): - 1/C(K,2) E log sigmoid(r_w - r_l), over all pairs of each prompt, then over the prompts.
+
+    scores, ranks, group: [N], as in `untied_pairs`. Completions of equal rank make no pair, so C(K,2) becomes the number
+    of the prompt's untied pairs. Every prompt weighs the same, however many completions it has.
+
+    margin: Llama 2 eq. (2), log sigmoid(r_w - r_l - m): m is this times the difference of ranks, so that answers that are
+    further apart for people get scores that are further apart. weights: [N, N], of the pair (better, worse); default: 1.
+    """
+    winner, loser = untied_pairs(ranks, group)
+    apart = margin * (ranks[loser] - ranks[winner])
+    losses = -F.logsigmoid(scores[winner].float() - scores[loser].float() - apart)  # [pairs]
+    if weights is not None:
+        losses = losses * weights[winner, loser]
+    return mean_over_prompts(losses, group[winner])
+
+
+def centering_loss(scores: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
+    """(r_w + r_l)^2 over the same pairs: the ranking loss sees differences alone, and lets all scores drift together.
+
+    Eisenstein; what TRL's center_rewards_coefficient weighs.
+    """
+    winner, loser = untied_pairs(ranks, group)
+    return mean_over_prompts((scores[winner].float() + scores[loser].float()) ** 2, group[winner])
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:
@@ -94,6 +127,18 @@ def whiten(x: Tensor, mask: Tensor, *, shift: bool = True, reduce: Reduce | None
     variance = masked_mean((x - mean) ** 2, mask, reduce)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (white if shift else white + mean) * mask
+
+
+def whiten_groups(x: Tensor, mask: Tensor, answers: int) -> Tensor:
+    """`whiten` within the answers to each prompt, which stand next to each other: [B, R] -> [B, R], 0 where mask is 0.
+
+    A prompt that is hardly ever, or nearly always, answered right weighs as much as any other.
+    """
+    x, m = x.view(-1, answers, x.shape[1]), mask.view(-1, answers, x.shape[1])  # [prompts, answers, R]
+    count = m.sum(dim=(1, 2), keepdim=True)
+    centred = (x - (x * m).sum(dim=(1, 2), keepdim=True) / count) * m
+    variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
+    return (centred * torch.rsqrt(variance + 1e-8)).view(mask.shape)
 
 
 def explained_variance(predicted: Tensor, target: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
@@ -150,14 +195,16 @@ class KLCoefficient:
 # ---------------------------------------------------------------- rewards and advantages
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float, kind: str = "k1"
+) -> Tensor:
     """InstructGPT eq. (2) without its pretraining term, a token at a time.
 
     r_t = -beta (log pi_t - log ref_t) + [t = T] score          T is the last real token
 
-    scores: [B], one a response; logprobs, reference, mask: [B, R] -> [B, R], 0 on padding.
+    scores: [B], one a response; logprobs, reference, mask: [B, R] -> [B, R], 0 on padding. kind: of `kl_estimate`.
     """
-    rewards = -kl_coefficient * kl_estimate(logprobs, reference) * mask
+    rewards = -kl_coefficient * kl_estimate(logprobs, reference, kind) * mask
     return rewards.scatter_add(1, last_real_token(mask)[:, None], scores[:, None].to(rewards.dtype))
 
 
@@ -181,9 +228,6 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
-# ---------------------------------------------------------------- the losses, per token
-
-
 def leave_one_out_advantages(rewards: Tensor, mask: Tensor, answers: int) -> Tensor:
     """RLOO: A = R - mean R of the other answers to the same prompt, the same at every token of an answer: [B, R].
 
@@ -193,6 +237,9 @@ def leave_one_out_advantages(rewards: Tensor, mask: Tensor, answers: int) -> Ten
     total = (rewards * mask).sum(dim=1).view(-1, answers)  # [prompts, answers]
     others = (total.sum(dim=1, keepdim=True) - total) / (answers - 1)
     return (total - others).reshape(-1, 1) * mask
+
+
+# ---------------------------------------------------------------- the losses, per token
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -273,6 +320,11 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     return score_head(model, states[torch.arange(len(states), device=states.device), last_real_token(attention_mask)])
 
 
+def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What the score would be, were each token the last: [B, L] -> [B, L]. Only the last one was ever trained."""
+    return score_head(model, backbone_states(model, input_ids, attention_mask))
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate to 0: the log-probability of a token must not depend on when it is computed."""
     for module in model.modules():
@@ -310,6 +362,30 @@ def response_logits(
     )
 
 
+def next_token_loss(model: nn.Module, text: Tensor) -> Tensor:
+    """- mean log p(x_t | x_<t) of blocks of plain text, [T, S] -> []: the pretraining term of InstructGPT eq. (2)."""
+    logits = model(input_ids=text, use_cache=False).logits[:, :-1]  # [T, S-1, V]
+    return F.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten())
+
+
+def check_frozen(parameters: Sequence[nn.Parameter], learner: nn.Module, why: str) -> None:
+    """Raise UserError, with what to do about it, where one of the reference's parameters would learn."""
+    learns = {id(p) for p in learner.parameters() if p.requires_grad}
+    if any(p.requires_grad or id(p) in learns for p in parameters):
+        raise UserError(
+            f"the reference would learn along with the policy, and there would be no distance from it: {why}"
+        )
+
+
+class Told(NamedTuple):
+    """What policy and critic say of B responses."""
+
+    logprobs: Tensor  # [B, R], log pi of each token
+    values: Tensor  # [B, R], the critic's value before it
+    entropy: Tensor | None  # [B, R], if asked for
+    text_loss: Tensor | None  # [], of the plain text, if there is any
+
+
 class ActorCritic(nn.Module):
     """Policy and critic as one module: one optimizer, one DDP wrapper or ZeRO engine and one forward hold both.
 
@@ -335,9 +411,14 @@ class ActorCritic(nn.Module):
         return self.policy.config
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, prompt_length: int, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, P+R] -> log pi of each response token, the critic's value before it, and the entropy or None: [B, R]."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_length: int,
+        with_entropy: bool = False,
+        text: Tensor | None = None,
+    ) -> Told:
+        """[B, P+R] -> log-probabilities and values, [B, R]; `text` [T, S] goes through the same forward, as DDP wants it."""
         out = response_logits(
             self.policy, input_ids, attention_mask, prompt_length, output_hidden_states=self.critic is None
         )
@@ -350,4 +431,4 @@ class ActorCritic(nn.Module):
         else:
             states = backbone_states(self.critic, input_ids[:, :-1], attention_mask[:, :-1])[:, prompt_length - 1 :]
             values = (score_head(self.critic, states) - self.mean) / self.std
-        return logprobs, values, entropy
+        return Told(logprobs, values, entropy, None if text is None else next_token_loss(self.policy, text))

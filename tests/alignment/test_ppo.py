@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from recipes.alignment import ppo, reward_model
-from recipes.common import rlhf
+from recipes.common import ppo_measure, ppo_rollout, rlhf
+from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.sections import Data, Evaluation, Model, Run
 
@@ -61,7 +65,15 @@ class Setup:
     """The recipe's pieces, put together by hand in fp32 on one process."""
 
     def __init__(
-        self, tiny: Path, judge: Path, bf16: bool = False, micro: int = 4, accumulate: int = 1, **knobs: object
+        self,
+        tiny: Path,
+        judge: Path | None,
+        bf16: bool = False,
+        micro: int = 4,
+        accumulate: int = 1,
+        function: Any = None,
+        lora: Any = None,
+        **knobs: object,
     ):
         from transformers import (
             AutoModelForCausalLM,
@@ -81,31 +93,49 @@ class Setup:
             bf16=bf16,
         )
         knobs = {"rollouts": 8, "max_new_tokens": 5, **knobs}
-        self.config = ppo.Config(Model(), Data(), ppo.PPO(**knobs), arguments, Evaluation(), Run())  # type: ignore[arg-type]
+        self.config = ppo.Config(Model(), Data(), ppo.PPO(**knobs), arguments, Evaluation(), Run(), lora)  # type: ignore[arg-type]
         self.accelerator = ppo.count_accumulation(make_accelerator(arguments))
         self.policy = AutoModelForCausalLM.from_pretrained(tiny)
-        self.reference = AutoModelForCausalLM.from_pretrained(tiny).eval().requires_grad_(False)
-        self.reward_model = AutoModelForSequenceClassification.from_pretrained(judge).eval().requires_grad_(False)
-        critic = (
-            AutoModelForSequenceClassification.from_pretrained(judge) if self.config.ppo.critic == "separate" else None
-        )
-        self.model = rlhf.ActorCritic(self.policy, critic, self.reward_model.config)
+        self.reference = self.reward_model = critic = None
+        if lora is None:
+            self.reference = AutoModelForCausalLM.from_pretrained(tiny).eval().requires_grad_(False)
+        else:
+            self.policy = ppo.adapted(self.policy, self.config)
+        if judge is not None:
+            self.reward_model = AutoModelForSequenceClassification.from_pretrained(judge).eval().requires_grad_(False)
+            if self.config.ppo.critic == "separate":
+                critic = AutoModelForSequenceClassification.from_pretrained(judge)
+        self.model = rlhf.ActorCritic(self.policy, critic, getattr(self.reward_model, "config", None))
         rlhf.disable_dropout(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        ask = [
-            [{"role": "user", "content": "Is it 3" + "?" * n}] for n in range(1, 9)
-        ]  # 8 prompts of different lengths
-        self.prompts = [rlhf.prompt_ids(self.tokenizer, messages) for messages in ask]
+        # 8 prompts of different lengths
+        self.rows = [{"prompt": [{"role": "user", "content": "Is it 3" + "?" * n}], "n": n} for n in range(1, 9)]
+        self.prompts = [rlhf.prompt_ids(self.tokenizer, row["prompt"]) for row in self.rows]  # type: ignore[arg-type]
+        self.models = ppo_rollout.Models(self.model, self.reference, self.reward_model, self.tokenizer, function)
 
-        self.models = ppo.Models(self.model, self.reference, self.reward_model, self.tokenizer)
-
-    def collect(self, seed: int = 0) -> ppo.Rollout:
+    def collect(self, seed: int = 0, oversample: int = 1) -> ppo_rollout.Rollout:
         longest = self.config.ppo.max_new_tokens
-        return ppo.collect(self.models, self.prompts, self.config, self.accelerator, longest=longest, seed=seed)
+        return ppo.collect(
+            self.models, self.rows, self.prompts, self.config, self.accelerator,
+            longest=longest, seed=seed, oversample=oversample,
+        )  # fmt: skip
 
-    def update(self, rollout: ppo.Rollout, beta: float = 0.05) -> dict[str, float]:
-        return ppo.update(self.models, self.optimizer, rollout, beta, self.config, self.accelerator, seed=0)
+    def update(self, rollout: ppo_rollout.Rollout, beta: float = 0.05, **more: Any) -> dict[str, float]:
+        return ppo.update(self.models, self.optimizer, rollout, beta, self.config, self.accelerator, seed=0, **more)
+
+
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def digest(parameters: Any) -> int:
+    return hash(tuple(p.detach().numpy().tobytes() for p in parameters))
+
+
+def letters(answers: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    """A reward function of one's own: the share of "k" in an answer."""
+    return [text.count("k") / max(1, len(text)) for text in answers]
 
 
 # ---------------------------------------------------------------- rollouts
@@ -153,7 +183,7 @@ def test_answers_are_drawn_from_the_distribution_whose_logprobs_are_taken(tiny, 
     setup = Setup(tiny, judge, max_new_tokens=1)
     own = setup.policy.generation_config
     own.temperature, own.top_k, own.top_p, own.repetition_penalty, own.do_sample = 0.1, 3, 0.5, 3.0, True
-    setup.prompts = setup.prompts[:1] * 4000
+    setup.prompts, setup.rows = setup.prompts[:1] * 4000, setup.rows[:1] * 4000
     setup.config.training.per_device_train_batch_size = 4000
     rollout = setup.collect()
     counts = torch.bincount(rollout.input_ids[:, -1], minlength=setup.policy.config.vocab_size)
@@ -173,23 +203,141 @@ def test_critic_started_from_the_reward_model_ends_at_the_reward(tiny, judge):
     torch.testing.assert_close(values[torch.arange(8), last], rollout.rewards, atol=1e-5, rtol=1e-5)
 
 
-def test_reward_is_normalised_clipped_and_lowered_for_an_answer_without_end():
-    class Told:
-        reward_mean, reward_std = 2.0, 4.0
+def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any = None, **knobs: object) -> list[float]:
+    """`ppo.reward` of four answers, the last without an end, that a reward model with this scale scores 2, 6, 100 and 6."""
+    from types import SimpleNamespace
 
-    scores, stopped = torch.tensor([2.0, 6.0, 100.0, 6.0]), torch.tensor([True, True, True, False])
-    knobs = ppo.PPO(reward_clip=5.0, missing_stop_penalty=1.0)
-    assert ppo.reward(scores, stopped, Told(), knobs).tolist() == [0.0, 1.0, 5.0, 0.0]
-    assert ppo.reward(scores, stopped, object(), knobs).tolist() == [2.0, 5.0, 5.0, 4.0]  # another's reward model
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    scores = torch.tensor([2.0, 6.0, 100.0, 6.0])
+    monkeypatch.setattr(rlhf, "sequence_scores", lambda model, ids, mask: scores[ids[:, -1] - 10])
+    answers = ppo_rollout.Answers(
+        rows=[{"n": n} for n in range(4)],
+        prompts=[[5]] * 4,
+        ids=[[10 + n] for n in range(4)],
+        texts=["a", "b", "c", "d"],
+        stopped=torch.tensor([True, True, True, False]),
+        lengths=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        rewards=torch.zeros(4),
+    )
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    model: Any = SimpleNamespace(config=SimpleNamespace(**scale)) if scale is not None else None
+    models = ppo_rollout.Models(None, None, model, tokenizer, function)  # type: ignore[arg-type]
+    args = TrainingArguments(output_dir="unused", per_device_train_batch_size=3, use_cpu=True)
+    given = ppo.PPO(**{"reward_clip": 5.0, "missing_stop_penalty": 1.0, **knobs})  # type: ignore[arg-type]
+    config = ppo.Config(Model(), Data(), given, args, Evaluation(), Run())
+    return ppo.reward(models, answers, config, Accelerator(cpu=True)).tolist()
+
+
+SCALE = {"reward_mean": 2.0, "reward_std": 4.0}
+
+
+def test_reward_is_normalised_clipped_and_lowered_for_an_answer_without_end(monkeypatch):
+    assert rewards_by_hand(monkeypatch, SCALE) == [0.0, 1.0, 5.0, 0.0]
+    assert rewards_by_hand(monkeypatch, {}) == [2.0, 5.0, 5.0, 4.0]  # another's reward model
+
+
+def test_each_token_costs_the_length_penalty(monkeypatch):
+    assert rewards_by_hand(monkeypatch, SCALE, length_penalty=0.25) == [-0.25, 0.5, 4.25, -1.0]
+
+
+def test_a_reward_function_stands_alone_or_beside_the_reward_model(monkeypatch):
+    def told(answers, rows):
+        return [row["n"] * 10 + "abcd".index(text) for text, row in zip(answers, rows, strict=True)]
+
+    assert rewards_by_hand(monkeypatch, None, told) == [0.0, 11.0, 22.0, 32.0]  # not clipped; the last does not end
+    assert rewards_by_hand(monkeypatch, SCALE, told) == [0.0, 12.0, 27.0, 33.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [(lambda answers, rows: [1.0], "1 numbers for 4"), (lambda answers, rows: [float("inf")] * 4, "inf")],
+)
+def test_what_a_reward_function_must_not_give_is_refused(monkeypatch, function, said):
+    with pytest.raises(UserError, match=rf"ppo.reward_function.*{said}"):
+        rewards_by_hand(monkeypatch, None, function)
 
 
 def test_a_reward_that_is_not_a_number_is_refused(tiny, judge):
-    from recipes.common.errors import UserError
-
     setup = Setup(tiny, judge)
     setup.reward_model.score.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="nan"):
+    with pytest.raises(UserError, match=r"ppo.reward_model.*nan"):
         setup.collect()
+
+
+# ---------------------------------------------------------------- which answers are learned from
+
+
+def test_most_spread_picks_the_prompts_whose_answers_differ_most_in_the_order_asked():
+    rewards = torch.tensor([0.0, 1.0, 7.0, 7.0, 5.0, 3.0, 1.0, 0.0])  # spread 0.5, 0, 1, 0.5
+    assert ppo_rollout.spread_of(rewards, 2).tolist() == [0.5, 0.0, 1.0, 0.5]
+    assert ppo_rollout.most_spread(rewards, 2, 1) == [4, 5]
+    assert ppo_rollout.most_spread(rewards, 2, 2) == [0, 1, 4, 5]  # of equal spread the one that was asked first
+    assert ppo_rollout.most_spread(rewards, 2, 4) == list(range(8))
+    assert ppo_rollout.most_spread(rewards, 4, 1) == [0, 1, 2, 3]  # spread 3.3 against 1.9
+
+
+def test_an_oversampled_step_learns_from_the_prompts_of_the_largest_spread(tiny):
+    """8 prompts of 2 answers, whose rewards are apart by what the function says of the prompt."""
+    apart = [3, 8, 1, 6, 2, 7, 5, 4]
+
+    def function(answers, rows):
+        return [apart[row["n"] - 1] * (i % 2) for i, row in enumerate(rows)]
+
+    knobs = {"answers": 2, "critic": "others", "missing_stop_penalty": 0.0, "stop_kl": None}
+    setup = Setup(tiny, None, function=function, **knobs)
+    setup.rows = [row for row in setup.rows for _ in range(2)]
+    setup.prompts = [prompt for prompt in setup.prompts for _ in range(2)]
+    rollout = setup.collect(oversample=2)
+    assert rollout.kept == [2, 3, 6, 7, 10, 11, 12, 13]
+    assert rollout.rewards.tolist() == [0, 8, 0, 6, 0, 7, 0, 5]
+    assert rollout.all.rewards.tolist() == [x for n in apart for x in (0, n)]
+    for row, i in enumerate(rollout.kept):
+        real = rollout.input_ids[row][rollout.attention_mask[row].bool()].tolist()
+        assert real == setup.prompts[i] + rollout.all.ids[i]
+    before, figures = weights_of(setup.policy), setup.update(rollout)
+    assert figures["minibatches"] == 8 and figures["ratio_error"] == 0  # 4 passes over 8 answers by 4
+    assert not torch.equal(before, weights_of(setup.policy))
+
+
+def test_without_oversampling_all_answers_are_kept_and_drawn_as_in_one_batch(tiny, judge):
+    from recipes.common.generation import generate_ids
+
+    setup = Setup(tiny, judge)
+    rollout = setup.collect(seed=3)
+    stop, fill = setup.tokenizer.eos_token_id, setup.tokenizer.pad_token_id
+    drawn = generate_ids(
+        setup.policy, setup.prompts, stop=[stop], pad=fill, max_new_tokens=5, batch_size=8, temperature=1.0, seed=3
+    )
+    assert rollout.kept == list(range(8)) and rollout.all.ids == drawn
+    assert torch.equal(rollout.rewards, rollout.all.rewards)
+
+
+def test_what_answers_in_the_policys_place_has_its_weights_first_and_is_read_by_the_policy(tiny, judge):
+    """vLLM through trl, of which this machine has none: what we ask of it, and what becomes of its answers."""
+
+    class Engine:
+        called: list[str] = []
+
+        def sync_weights(self):
+            self.called.append("sync")
+
+        def generate(self, prompts, images, num_generations):
+            assert self.called[-1] == "sync" and images is None and num_generations == 1
+            assert self.max_completion_length == 5 and self.generation_kwargs == {"stop_token_ids": [stop]}
+            self.called.append("generate")
+            return prompts, [[20 + n] * 4 + [stop] * (n % 2) for n in range(len(prompts))], None, None
+
+    setup = Setup(tiny, judge)
+    stop = setup.tokenizer.eos_token_id
+    setup.models.engine = Engine()
+    rollout = setup.collect()
+    assert Engine.called == ["sync", "generate"]
+    assert rollout.all.stopped.tolist() == [False, True] * 4 and rollout.all.lengths.tolist() == [4.0, 5.0] * 4
+    assert torch.equal(rollout.logprobs, rollout.reference)
+    logits = setup.policy(torch.tensor([setup.prompts[2] + [22] * 4])).logits[0, -5:-1].log_softmax(-1)
+    torch.testing.assert_close(rollout.logprobs[2, :4], logits[:, 22], atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- learning
@@ -209,20 +357,16 @@ def test_ratio_of_the_first_minibatch_is_exactly_one(tiny, judge, critic, bf16):
 
 def test_reference_and_reward_model_never_change_and_policy_and_critic_do(tiny, judge):
     setup = Setup(tiny, judge)
-
-    def digest(model):
-        return hash(tuple(p.detach().numpy().tobytes() for p in model.parameters()))
-
     watched = {
         "reference": setup.reference,
         "reward": setup.reward_model,
         "policy": setup.policy,
         "critic": setup.model.critic,
     }
-    before = {name: digest(model) for name, model in watched.items()}
+    before = {name: digest(model.parameters()) for name, model in watched.items()}
     for seed in range(2):
         setup.update(setup.collect(seed))
-    changed = {name for name, model in watched.items() if digest(model) != before[name]}
+    changed = {name for name, model in watched.items() if digest(model.parameters()) != before[name]}
     assert changed == {"policy", "critic"}
     assert all(p.grad is None for p in (*setup.reference.parameters(), *setup.reward_model.parameters()))
 
@@ -273,7 +417,7 @@ def test_accumulated_micro_batches_give_the_same_step_as_one_batch(tiny, judge):
         rollout.mask[::2, 2:] = 0
         figures = setup.update(rollout)
         assert figures["minibatches"] == 1
-        after.append((figures["loss"], torch.cat([p.detach().flatten() for p in setup.model.parameters()])))
+        after.append((figures["loss"], weights_of(setup.model)))
     assert after[0][0] == pytest.approx(after[1][0], abs=1e-6)
     torch.testing.assert_close(after[0][1], after[1][1], atol=1e-6, rtol=0)
 
@@ -285,16 +429,141 @@ def test_passes_end_once_the_policy_is_too_far_from_the_one_that_answered(tiny, 
     assert Setup(tiny, judge, stop_kl=None, epochs=4).update(Setup(tiny, judge).collect())["minibatches"] == 8
 
 
+@pytest.mark.parametrize("whitening", ["global", "prompt", "none"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_step_is_the_policy_gradient_of_the_advantages_that_the_settings_say(tiny, judge, kind, whitening):
+    """At ratio 1 the surrogate's gradient is - mean A grad log pi; A: from score and penalty, against the other answer."""
+    knobs = {"critic": "others", "answers": 2, "epochs": 1, "kl_estimator": kind, "whitening": whitening}
+    setup = Setup(tiny, judge, micro=8, **knobs)
+    setup.config.training.max_grad_norm = 0.0
+    setup.prompts = [prompt for prompt in setup.prompts[:4] for _ in range(2)]
+    rollout, beta = setup.collect(), 0.3
+    torch.manual_seed(0)
+    rollout.reference = rollout.reference + torch.randn_like(rollout.reference)
+    mask, total = rollout.mask, []
+    for row in range(8):  # a token at a time
+        reward = rollout.rewards[row].item()
+        for t in range(int(mask[row].sum())):
+            d = (rollout.logprobs - rollout.reference)[row, t].item()
+            reward -= beta * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[kind]
+        total.append(reward)
+    advantages = torch.tensor([[total[i] - total[i ^ 1]] * mask.shape[1] for i in range(8)])
+    for rows in {"global": [slice(0, 8)], "prompt": [slice(i, i + 2) for i in (0, 2, 4, 6)], "none": []}[whitening]:
+        real = advantages[rows][mask[rows].bool()]
+        advantages[rows] = (advantages[rows] - real.mean()) / (real.var(correction=0) + 1e-8).sqrt()
+    told = setup.model(rollout.input_ids, rollout.attention_mask, rollout.prompt_length)
+    loss = -(told.logprobs * advantages * mask).sum() / mask.sum()
+    expected = [p.detach() - 0.5 * g for p, g in zip(
+        setup.policy.parameters(), torch.autograd.grad(loss, list(setup.policy.parameters())), strict=True
+    )]  # fmt: skip
+    before = weights_of(setup.policy)
+    setup.update(rollout, beta)
+    for ours, theirs in zip(setup.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert (weights_of(setup.policy) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("micro", "accumulate"), [(8, 1), (4, 2)])
+def test_plain_text_adds_its_own_gradient_times_the_coefficient(tiny, judge, micro, accumulate):
+    """PPO-ptx: against transformers' own language-model loss, over all blocks of the minibatch."""
+    from transformers import AutoModelForCausalLM
+
+    text = torch.randint(5, 200, (8, 12), generator=torch.Generator().manual_seed(0))
+    after = {}
+    for coefficient in (None, 0.0, 2.0):
+        knobs = {"micro": micro, "accumulate": accumulate, "epochs": 1}
+        setup = Setup(tiny, judge, pretraining_coefficient=coefficient or 0.0, **knobs)
+        setup.config.training.max_grad_norm = 0.0
+        figures = setup.update(setup.collect(), text=None if coefficient is None else text)
+        after[coefficient] = weights_of(setup.policy)
+        assert ("text_loss" in figures) == (coefficient is not None)
+    assert torch.equal(after[None], after[0.0])
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    loss = plain(input_ids=text, labels=text).loss
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(plain.parameters()))])
+    torch.testing.assert_close(after[2.0] - after[0.0], -0.5 * 2.0 * gradient, atol=2e-6, rtol=1e-3)
+    assert figures["text_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    models = ppo_rollout.Models(rlhf.ActorCritic(plain, None), None, None, setup.tokenizer)
+    setup.config.training.per_device_train_batch_size = 3  # 3 + 3 + 2 blocks: each weighs the same
+    told = ppo_measure.text_loss(models, text, setup.config.training, setup.accelerator)
+    assert told == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_while_the_critic_warms_up_nothing_moves_the_policy(tiny, judge):
+    setup = Setup(tiny, judge, pretraining_coefficient=1.0, entropy_coefficient=1.0)
+    before = {name: weights_of(model) for name, model in (("policy", setup.policy), ("critic", setup.model.critic))}
+    text = torch.randint(5, 200, (32, 12))
+    assert "text_loss" not in setup.update(setup.collect(), text=text, critic_only=True)
+    assert torch.equal(weights_of(setup.policy), before["policy"])
+    assert not torch.equal(weights_of(setup.model.critic), before["critic"])
+
+
+# ---------------------------------------------------------------- a LoRA policy
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter(tiny, judge):
+    setup = Setup(tiny, judge, lora=lora())
+    rollout = setup.collect()
+    assert torch.equal(rollout.logprobs, rollout.reference)  # a fresh adapter changes nothing
+    torch.manual_seed(0)
+    for name, p in setup.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    moved, full = setup.collect(), Setup(tiny, judge).reference
+    mask = moved.mask.bool()
+    logits = rlhf.response_logits(full, moved.input_ids, moved.attention_mask, moved.prompt_length).logits
+    alone = rlhf.token_logprobs(logits, moved.input_ids[:, moved.prompt_length :])
+    torch.testing.assert_close(moved.reference[mask], alone[mask], atol=1e-6, rtol=1e-6)
+    assert (moved.logprobs - moved.reference)[mask].abs().max() > 0.1
+
+
+def test_biases_that_would_learn_in_the_reference_too_are_refused(tiny):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    setup = Setup(tiny, None, critic="shared")
+    setup.config.lora = lora()
+    for attention_bias, bias in ((True, "none"), (False, "all")):  # nothing of the base learns
+        shape = AutoConfig.from_pretrained(tiny, attention_bias=attention_bias)
+        setup.config.lora.bias = bias
+        ppo.adapted(AutoModelForCausalLM.from_config(shape), setup.config)
+    setup.config.lora.bias = "all"
+    with pytest.raises(UserError, match=r"lora.bias: all .* use none"):
+        ppo.adapted(
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny, attention_bias=True)), setup.config
+        )
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_only_adapter_and_critic_learn_and_the_base_never_changes(tiny, judge, critic):
+    setup = Setup(tiny, judge, lora=lora(), critic=critic)
+    base = {name: p for name, p in setup.policy.named_parameters() if "lora_" not in name}
+    adapter = {name: p for name, p in setup.policy.named_parameters() if "lora_" in name}
+    assert len(base) > len(adapter) > 0 and not any(p.requires_grad for p in base.values())
+    before = digest(base.values()), digest(adapter.values())
+    for seed in range(2):
+        rollout = setup.collect(seed)
+        setup.update(rollout)
+    assert digest(base.values()) == before[0] and digest(adapter.values()) != before[1]
+    assert (rollout.logprobs - rollout.reference).abs().max() > 0
+    assert {p.requires_grad for p in setup.policy.parameters()} == {True, False}  # reading the reference froze nothing
+
+
 def test_prompts_come_in_a_fresh_order_every_epoch_each_once():
-    steps = [ppo.prompts_of_step(step, 4, 10, seed=3) for step in range(5)]
+    steps = [ppo_rollout.rows_of_step(step, 4, 10, seed=3) for step in range(5)]
     flat = [prompt for step in steps for prompt in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert ppo.prompts_of_step(0, 25, 10, seed=3) == [
+    assert ppo_rollout.rows_of_step(0, 25, 10, seed=3) == [
         *flat[:20],
-        *ppo.prompts_of_step(5, 4, 10, seed=3),
-        *ppo.prompts_of_step(24, 1, 10, seed=3),
+        *ppo_rollout.rows_of_step(5, 4, 10, seed=3),
+        *ppo_rollout.rows_of_step(24, 1, 10, seed=3),
     ]
-    assert steps[2] == ppo.prompts_of_step(2, 4, 10, seed=3) != ppo.prompts_of_step(2, 4, 10, seed=4)
+    assert steps[2] == ppo_rollout.rows_of_step(2, 4, 10, seed=3) != ppo_rollout.rows_of_step(2, 4, 10, seed=4)
 
 
 # ---------------------------------------------------------------- end to end
@@ -398,7 +667,125 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         assert mine[name] == pytest.approx(theirs[name], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prose") / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": f"It is {n}, and q. " * 3}) + "\n" for n in range(60)))
+    return path
+
+
+EVERYTHING = {  # that is off by default
+    "ppo__rollouts": 64,
+    "ppo__answers": 4,
+    "ppo__oversample": 2,
+    "ppo__reward_function": f"{__name__}:letters",
+    "ppo__critic": "shared",
+    "ppo__whitening": "prompt",
+    "ppo__kl_estimator": "k3",
+    "ppo__kl_target": 2.0,
+    "ppo__length_penalty": 0.05,
+    "ppo__entropy_coefficient": 0.001,
+    "ppo__pretraining_coefficient": 1.0,
+    "ppo__pretraining_length": 16,
+    "ppo__stop_kl": "null",
+    "lora__r": 8,
+    "lora__target_modules": "[v_proj, o_proj, up_proj, down_proj]",
+    "lora__lora_alpha": 32,
+    "training__learning_rate": 3e-2,
+    "training__lr_scheduler_type": "constant",
+    "training__max_steps": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny, tmp_path_factory) -> Path:
+    """The tiny model with larger logits: behind the last norm, those of an embedding of 0.02 leave an adapter no say."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("sharp")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.get_input_embeddings().weight.data *= 10
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_everything(sharp, judge, preferences, prose, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("everything")
+    assert run(sharp, judge, preferences, root, **EVERYTHING, pretraining__name=prose) == 0
+    return root / "ppo" / "default"
+
+
+def test_all_of_it_together_learns_and_tells_what_it_did(with_everything):
+    figures = json.loads((with_everything / "metrics.json").read_text())
+    history = [json.loads(line) for line in (with_everything / "metrics.jsonl").read_text().splitlines()]
+    assert history[0]["kl"] == history[0]["kl_k3"] == history[0]["ratio_error"] == 0.0
+    assert figures["reward_after"] > figures["reward_before"] + 0.3 and figures["kl"] > 0
+    assert figures["text_loss"] < figures["baseline_text_loss"] - 1  # held-out prose
+    assert history[-1]["text_loss"] < history[0]["text_loss"] - 0.1
+    assert all(0 < row["informative"] <= 1 and row["minibatches"] == 4 for row in history)  # 2 passes over 64 by 32
+    assert figures["trainable_parameters"] < figures["parameters"] / 4
+    for plot in ("reward_and_true_score", "frontier", "kl", "critic", "groups", "policy"):
+        assert (with_everything / "plots" / f"{plot}.png").stat().st_size > 5_000
+
+
+def test_the_adapter_on_its_base_and_the_merged_model_are_the_same(with_everything, sharp):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(sharp)
+    ids = torch.randint(5, 200, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, with_everything / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(with_everything / "model").eval()(ids).logits
+    torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=1e-4)
+    assert (plain - merged).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(with_everything / "adapter").chat_template
+
+
+def test_all_of_it_together_is_resumed_exactly(
+    with_everything, sharp, judge, preferences, prose, tmp_path, monkeypatch
+):
+    from safetensors.torch import load_file
+
+    from recipes.common import training
+
+    given, more = (sharp, judge, preferences, tmp_path), {**EVERYTHING, "pretraining__name": prose}
+    left = iter(range(2, -1, -1))  # stops before the third step
+
+    def asked(self):
+        self.reason = "test" if next(left) == 0 else None
+        return self.reason is not None
+
+    monkeypatch.setattr(training.StopSignals, "asked", asked)
+    assert run(*given, **more) == 130
+    monkeypatch.undo()
+    assert run(*given, **more, run__resume="true") == 0
+    folder = tmp_path / "ppo" / "default"
+    ours, whole = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (folder, with_everything))
+    assert ours.keys() == whole.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0, msg=name)
+    mine, theirs = (json.loads((p / "metrics.jsonl").read_text().splitlines()[-1]) for p in (folder, with_everything))
+    for name in ("loss", "kl", "reward", "kl_coefficient", "text_loss"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-6)
+
+
+def test_a_checker_alone_raises_the_held_out_reward(tiny, preferences, tmp_path):
+    more = {"ppo__reward_model": "null", "ppo__reward_function": f"{__name__}:letters", "ppo__critic": "others"}
+    more |= {"ppo__answers": 4, "ppo__missing_stop_penalty": 0, "ppo__oversample": 2, "ppo__rollouts": 64}
+    assert run(tiny, "null", preferences, tmp_path, **more, training__max_steps=16) == 0
+    folder = tmp_path / "ppo" / "default"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["reward_before"] < 0.1 and figures["reward_after"] > figures["reward_before"] + 0.2
+    assert figures["kl"] > 0
+
+
 # ---------------------------------------------------------------- bad input
+
+FUNCTION = {"ppo__reward_model": "null", "ppo__reward_function": f"{__name__}:letters"}
 
 
 @pytest.mark.parametrize(
@@ -407,9 +794,23 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         ({"ppo__rollouts": 50}, "multiple of the minibatch"),
         ({"ppo__max_new_tokens": 200}, "positions"),
         ({"ppo__max_prompt_length": 1}, "ppo.max_prompt_length"),
+        ({"ppo__reward_model": "null"}, "nothing is rewarded"),
+        (FUNCTION, "ppo.critic: separate starts from the reward model"),
+        ({"ppo__reward_function": "task"}, "no reward is called task"),
+        ({"ppo__reward_function": "tasks"}, "reads the column task"),
+        ({"ppo__reward_function": "nowhere:reward"}, "cannot be imported"),
+        ({"ppo__oversample": 2}, "ppo.oversample"),
+        ({"ppo__whitening": "prompt"}, "ppo.whitening"),
+        ({"ppo__pretraining_coefficient": 1}, "ppo.pretraining_coefficient"),
+        ({"pretraining__name": "pydocs"}, "ppo.pretraining_coefficient"),
+        ({"ppo__engine": "vllm"}, "ppo.engine: vllm is not installed"),
+        ({"lora__target_modules": "[q_pro]"}, "did you mean q_proj"),
+        ({"lora__init_lora_weights": "false"}, "lora.init_lora_weights"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more, said, tiny, judge, preferences, tmp_path, capsys):
+    if "ppo__engine" in more and importlib.util.find_spec("vllm"):
+        pytest.skip("vllm is installed")
     assert run(tiny, judge, preferences, tmp_path, **more) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recipes.alignment import reward_model
+from recipes.common import preferences as figures_of
 from recipes.common import rlhf
 from recipes.common.recipe import run_recipe
 
@@ -189,7 +190,7 @@ def test_figures_on_hand_numbers():
     data = {"ranks": [[0, 1, 1], [0, 1, 2]], "sequences": [[[1] * 5, [1], [1]], [[1], [1] * 2, [1] * 3]]}
     scores = [[2.0, 1.0, 3.0], [5.0, 5.0, 0.0]]
     # prompt 1: 2 > 1 right, 2 > 3 wrong; prompt 2: 5 = 5 half, 5 > 0 right (gap 2), 5 > 0 right (gap 1)
-    figures = reward_model.ranking_figures(scores, data)
+    figures = figures_of.ranking_figures(scores, data)
     assert figures["accuracy"] == pytest.approx(3.5 / 5)
     assert figures["accuracy_gap_1"] == pytest.approx(2.5 / 4) and figures["accuracy_gap_2"] == 1
     first = (math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2
@@ -202,9 +203,9 @@ def test_length_baseline_takes_the_direction_that_training_shows():
 
     short_wins = Dataset.from_list([{"ranks": [0, 1], "sequences": [[1], [1, 1]]}] * 4)
     long_wins = Dataset.from_list([{"ranks": [0, 1], "sequences": [[1, 1], [1]]}] * 4)
-    assert reward_model.length_baseline(short_wins, short_wins) == 1
-    assert reward_model.length_baseline(long_wins, long_wins) == 1
-    assert reward_model.length_baseline(short_wins, long_wins) == 0
+    assert figures_of.length_baseline(short_wins, short_wins) == 1
+    assert figures_of.length_baseline(long_wins, long_wins) == 1
+    assert figures_of.length_baseline(short_wins, long_wins) == 0
 
 
 def test_a_perfectly_calibrated_model_has_no_calibration_error():
@@ -213,10 +214,43 @@ def test_a_perfectly_calibrated_model_has_no_calibration_error():
     rng = np.random.default_rng(0)
     margin = np.abs(rng.normal(0, 2, 100_000))
     right = rng.random(100_000) < 1 / (1 + np.exp(-margin))
-    predicted, observed, count = reward_model.calibration(np.where(right, margin, -margin))
+    predicted, observed, count = figures_of.calibration(np.where(right, margin, -margin))
     assert (np.abs(predicted - observed) < 0.02).all() and count.sum() == 100_000
-    predicted, observed, _ = reward_model.calibration(np.full(10, 3.0))  # always right, at 95 % confidence
+    predicted, observed, _ = figures_of.calibration(np.full(10, 3.0))  # always right, at 95 % confidence
     assert observed.tolist() == [1.0] and predicted.tolist() == [pytest.approx(1 / (1 + math.exp(-3)))]
+
+
+def test_accuracy_by_margin_on_hand_numbers():
+    import numpy as np
+
+    differences = np.array([0.5, -0.1, 3.0, -2.0, 0.2, 4.0])  # by |.|: -0.1, 0.2 | 0.5, -2 | 3, 4
+    parts = figures_of.accuracy_by_margin(differences, 3)
+    assert [share for _, share in parts] == [0.5, 0.5, 1.0]
+    assert [margin for margin, _ in parts] == [pytest.approx(0.15), pytest.approx(1.25), pytest.approx(3.5)]
+    assert figures_of.accuracy_by_margin(np.array([0.0]), 5) == [(0.0, 0.5)]
+
+
+def test_length_bias_is_of_answers_to_one_prompt_and_beside_that_of_the_labels():
+    data = {"ranks": [[0, 1], [0, 1]], "sequences": [[[1] * 3, [1] * 2], [[1] * 90, [1] * 91]]}
+    told = figures_of.length_bias(
+        [[5.0, 4.0], [-60.0, -59.0]], data
+    )  # longer by 1: higher by 1; long prompts score low
+    assert told["length_correlation"] == pytest.approx(1)
+    assert told["label_length_correlation"] == pytest.approx(0)
+    assert figures_of.length_bias([[1.0, 1.0], [2.0, 2.0]], data)["length_correlation"] == 0
+
+
+def test_words_baseline_learns_words_and_neither_their_order_nor_the_prompt():
+    from datasets import Dataset
+
+    def rows(better: str, worse: str, count: int) -> Dataset:
+        return Dataset.from_list([{"ranks": [0, 1], "completions": [better, worse]}] * count)
+
+    train = rows("yes 4", "no 5", 20)
+    assert figures_of.words_baseline(train, rows("yes", "no", 4)) == 1
+    assert figures_of.words_baseline(train, rows("5", "4", 4)) == 0
+    assert figures_of.words_baseline(train, rows("1 2 3", "3 2 1", 4)) == 0.5
+    assert figures_of.words_baseline(rows("1 2", "2 1", 5), rows("1 2", "2 1", 5)) == 0.5
 
 
 # ---------------------------------------------------------------- end to end
@@ -234,10 +268,27 @@ def test_it_learns_the_order_and_says_so_beside_baselines(trained):
     history = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in history if "loss" in row]
     assert sum(losses[-5:]) < sum(losses[:5]) / 2
-    assert figures["reward_accuracy"] > 0.9 > figures["baseline_accuracy"] >= 0.5
+    assert figures["reward_accuracy"] > 0.9 > max(figures[f"baseline_{n}_accuracy"] for n in ("untrained", "length"))
+    assert figures["baseline_words_accuracy"] == 1  # in this language one word tells all
     assert figures["eval_loss"] < figures["baseline_loss"] == pytest.approx(math.log(2), abs=0.1)
-    for plot in ("rewards", "calibration", "accuracy_by_rank_gap", "loss", "accuracy"):
+    told = [figures[f"baseline_{name}_accuracy"] for name in ("untrained", "length", "words")]
+    assert figures["baseline_accuracy"] == max(0.5, *told)
+    assert figures["label_length_correlation"] == 0  # all answers are of one length
+    for plot in ("rewards", "calibration", "accuracy_by_rank_gap", "accuracy_by_margin", "loss", "accuracy"):
         assert (trained / "plots" / f"{plot}.png").stat().st_size > 5_000
+
+
+def test_scores_are_shown_after_each_token_and_end_at_the_answers_own(trained):
+    shown = (trained / "samples" / "per_token.txt").read_text().split("\n\n")
+    ranked = (trained / "samples" / "ranked.txt").read_text().splitlines()
+    assert len(shown) == 8
+    for block in shown:
+        lines = block.strip().splitlines()
+        answers = ranked[ranked.index(lines[0]) + 1 :]
+        assert lines[0].startswith("user: ") and lines[1].startswith("  rank ")
+        best = lines[2 : next(i for i in range(2, len(lines)) if lines[i].startswith("  rank"))]
+        assert [line.split()[1] for line in best] == [repr(answers[0].split("'")[1]), "'<|end|>'"]
+        assert best[-1].split()[0] == answers[0].split()[0]  # the score that is trained, and ranked by
 
 
 def test_what_is_saved_scores_the_same_with_the_stock_class_and_is_centred(trained, preferences):
@@ -253,6 +304,149 @@ def test_what_is_saved_scores_the_same_with_the_stock_class_and_is_centred(train
         scores[word] = (model(**ids).logits.item() - model.config.reward_mean) / model.config.reward_std
     assert scores["k"] > scores["c"] > scores["q"]
     assert abs(scores["k"]) < 0.7  # best-ranked answers are around 0
+
+
+def test_stock_pipeline_serves_the_score(trained):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    served = pipeline("text-classification", model=str(trained / "model"), device="cpu", function_to_apply="none")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
+    messages = [{"role": "user", "content": "Is it 3?"}, {"role": "assistant", "content": "k"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    assert served(text)[0]["score"] == pytest.approx(model(**ids).logits.item(), abs=1e-4)
+
+
+def test_demonstrations_score_zero_on_average(tiny, preferences, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rows = []
+    for n in range(40):
+        turns = [{"role": "user", "content": f"Is it {n}?"}, {"role": "assistant", "content": ("c", "q")[n % 2]}]
+        rows.append({"messages": turns})
+    shown = tmp_path / "shown.jsonl"
+    shown.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"demonstrations__name": shown, "demonstrations__validation_fraction": 0.5, "training__max_steps": 4}
+    assert run(tiny, preferences, tmp_path, **more) == 0
+    saved = tmp_path / "reward_model" / "default" / "model"
+    model, tokenizer = (c.from_pretrained(saved) for c in (AutoModelForSequenceClassification, AutoTokenizer))
+
+    from recipes.common.data import load_data
+    from recipes.common.sections import Data
+
+    held_out = load_data(Data(name=str(shown), validation_fraction=0.5), "conversation")["validation"]["messages"]
+    scores = [
+        model(**tokenizer.apply_chat_template(m, return_tensors="pt", return_dict=True)).logits.item() for m in held_out
+    ]
+    assert len(scores) > 5 and model.config.reward_mean == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+
+
+def test_balanced_weights_leave_nothing_to_gain_from_length():
+    """The derivative of the weighted loss along "score = length" is 0, the mean weight 1, and the K answers' loss agrees."""
+    import random
+
+    from datasets import Dataset
+
+    rng, rows = random.Random(0), []
+    for _ in range(200):
+        k = rng.randint(2, 4)
+        lengths = sorted((rng.randint(2, 12) for _ in range(k)), reverse=True)
+        if rng.random() < 0.25:
+            lengths.reverse()
+        rows.append({"sequences": [[1] * n for n in lengths], "ranks": list(range(k)), "start": 1})
+    data = Dataset.from_list(rows)
+    tilt, scale = figures_of.length_balance(data)
+    assert tilt > 0.05  # the longer one wins mostly: such pairs weigh less
+
+    batch = reward_model.collate(rows, fill=0)
+    lengths = batch["attention_mask"].sum(dim=1)
+    weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))
+    slope = torch.zeros((), requires_grad=True)
+    for pair_weights, expected in ((weights, 0.0), (None, -0.5)):
+        loss = rlhf.ranking_loss(slope * lengths, batch["ranks"], batch["group"], weights=pair_weights)
+        (gradient,) = torch.autograd.grad(loss, slope)
+        assert gradient.item() == pytest.approx(expected, abs=1e-4) if expected == 0 else gradient.item() < expected
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    weighted = rlhf.ranking_loss(0.0 * lengths, batch["ranks"], batch["group"], weights=weights)
+    assert weighted.item() == pytest.approx(math.log(2), abs=1e-4)  # mean weight 1
+
+
+def test_lengths_that_cannot_be_balanced_are_refused_and_equal_ones_need_no_weights():
+    from datasets import Dataset
+
+    from recipes.common.errors import UserError
+
+    longer = Dataset.from_list([{"ranks": [0, 1], "sequences": [[1, 1], [1]]}] * 4)
+    with pytest.raises(UserError, match="balance_lengths"):
+        figures_of.length_balance(longer)
+    equal = Dataset.from_list([{"ranks": [0, 1], "sequences": [[1], [1]]}] * 4)
+    assert figures_of.length_balance(equal) == (0.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def long_winded(tmp_path_factory) -> Path:
+    """Pairs where "k" wins over "q" four times in five, and so does the longer one; held out, length tells nothing."""
+    import random
+
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("long_winded")
+    for split, longer_wins in (("train", 0.8), ("validation", 0.5)):
+        rows = []
+        for n in range(320):
+            lengths = sorted(rng.sample(range(8), 2), reverse=True)
+            words = ["k", "q"] if rng.random() < 0.8 else ["q", "k"]
+            if rng.random() > longer_wins:
+                lengths.reverse()
+            completions = [word + " f" * length for word, length in zip(words, lengths, strict=True)]
+            prompt = [{"role": "user", "content": f"Is it {n}{'?' if split == 'train' else '!'}"}]
+            rows.append({"prompt": prompt, "completions": completions, "ranks": [0, 1]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_balanced_pairs_lower_the_length_bias_and_raise_accuracy_where_length_tells_nothing(
+    tiny, long_winded, tmp_path
+):
+    told = {}
+    for balance in ("false", "true"):
+        assert run(tiny, long_winded, tmp_path / balance, reward__balance_lengths=balance) == 0
+        told[balance] = json.loads((tmp_path / balance / "reward_model" / "default" / "metrics.json").read_text())
+    biased, balanced = told["false"], told["true"]
+    assert abs(biased["label_length_correlation"]) < 0.15 and biased["length_correlation"] > 0.4
+    assert abs(balanced["length_correlation"]) < 0.5 * biased["length_correlation"]
+    assert balanced["reward_accuracy"] > biased["reward_accuracy"]
+
+
+def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny):
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+    from recipes.common.sections import Data, Evaluation, Model, Run
+
+    rows = [
+        {"sequences": [[5, 9, 1], [5, 8, 8, 1], [5, 7, 1]], "ranks": [0, 1, 2], "start": 1, "length": 4},
+        {"sequences": [[6, 9, 9, 9, 1], [6, 8, 1]], "ranks": [0, 1], "start": 1, "length": 5},
+    ]
+    knobs = reward_model.Reward(margin=0.5, centering_coefficient=0.1, balance_lengths=True, language_coefficient=0.3)
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
+    config = reward_model.Config(Model(), Data(), knobs, arguments, Evaluation(), Run())
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    data, tokenizer = Dataset.from_list(rows), AutoTokenizer.from_pretrained(tiny)
+    trainer = reward_model.make_trainer(model, tokenizer, data, data, config)
+    batch = reward_model.collate(rows, fill=0)
+    found = trainer.compute_loss(model, batch)
+
+    told = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    scores, ranks, group = told.logits[:, 0], batch["ranks"], batch["group"]
+    tilt, scale = figures_of.length_balance(data)
+    lengths = torch.tensor([3.0, 4, 3, 5, 3])
+    weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))
+    expected = rlhf.ranking_loss(scores, ranks, group, 0.5, weights)
+    expected = expected + 0.1 * rlhf.centering_loss(scores, ranks, group)
+    table = model.get_input_embeddings().weight
+    expected = expected + 0.3 * reward_model.language_loss(told.hidden_states[-1], batch, table)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tiny, preferences, tmp_path, monkeypatch):
@@ -297,6 +491,36 @@ def test_rows_with_nothing_to_compare_are_refused_by_line(row, said, tiny, prefe
     assert run(tiny, path, tmp_path) == 2
     error = capsys.readouterr().err
     assert "bad.jsonl" in error and "4" in error and said in error.lower() and "Traceback" not in error
+
+
+def test_answers_that_are_the_same_tokens_are_refused_by_row_or_skipped(tiny, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from recipes.common.errors import UserError
+    from recipes.common.run_folder import RunFolder
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ask = [{"role": "user", "content": "Is it?"}]
+    rows = Dataset.from_list(
+        [
+            {"prompt": ask, "completions": ["k", "c"], "ranks": [0, 1]},
+            {"prompt": ask, "completions": ["k", "c", "k"], "ranks": [0, 1, 1]},
+        ]
+    )
+    told = RunFolder(tmp_path, recipe="reward_model")
+    with pytest.raises(UserError, match=r"row 2.*same tokens"):
+        reward_model.comparisons(rows, tokenizer, 64, told)
+    assert len(reward_model.comparisons(rows, tokenizer, 64, told, skip=True)) == 1
+
+
+def test_answers_beyond_the_models_positions_are_left_out(tiny, preferences, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    prompt = [{"role": "user", "content": "Is it 5?"}]
+    long = {"prompt": prompt, "completions": ["k " * 200, "c"], "ranks": [0, 1]}
+    path.write_text(preferences.read_text() + json.dumps(long) + "\n")
+    assert run(tiny, path, tmp_path, training__max_steps=1) == 0
+    assert "longer than 128 tokens" in capsys.readouterr().out  # reward.max_length is 256
 
 
 def test_a_limit_that_leaves_nothing_is_refused(tiny, preferences, tmp_path, capsys):

@@ -73,6 +73,19 @@ def test_gae_ignores_everything_on_padding():
         assert torch.equal(a, b)
 
 
+# ---------------------------------------------------------------- models
+
+
+def test_a_reference_that_would_learn_is_refused():
+    from recipes.common.errors import UserError
+
+    learner, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False)
+    rlhf.check_frozen(list(other.parameters()), learner, "why")
+    for parameters in ([learner.weight], [torch.nn.Parameter(torch.zeros(1))]):
+        with pytest.raises(UserError, match=r"would learn along with the policy.*why"):
+            rlhf.check_frozen(parameters, learner, "why")
+
+
 # ---------------------------------------------------------------- rewards
 
 
@@ -90,6 +103,15 @@ def test_rewards_of_a_response_sum_to_score_minus_beta_kl():
     logprobs, reference, scores = -torch.rand(3, 5), -torch.rand(3, 5), torch.randn(3)
     rewards = rlhf.token_rewards(scores, logprobs, reference, mask, 0.3)
     torch.testing.assert_close(rewards.sum(1), scores - 0.3 * ((logprobs - reference) * mask).sum(1))
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 0.5)])
+def test_the_penalty_is_of_the_estimator_that_is_asked_for(kind, penalty):
+    mask = left_to_right(2, 1, width=2)
+    logprobs, reference = torch.tensor([[-1.0, -1.0], [-1.0, -9.0]]), torch.tensor([[-1.5, -1.5], [-1.5, -1.0]])
+    rewards = rlhf.token_rewards(torch.tensor([3.0, 4.0]), logprobs, reference, mask, 0.1, kind)
+    expected = torch.tensor([[-0.1 * penalty, 3 - 0.1 * penalty], [4 - 0.1 * penalty, 0.0]])
+    torch.testing.assert_close(rewards, expected)
 
 
 def test_adaptive_kl_coefficient_moves_two_percent_at_most_and_towards_the_target():
@@ -258,6 +280,24 @@ def test_whitening_a_constant_gives_zero_not_nan():
     assert torch.equal(rlhf.whiten(torch.full((2, 3), 7.0), torch.ones(2, 3)), torch.zeros(2, 3))
 
 
+def test_whitening_each_prompts_answers_equals_a_slow_loop():
+    torch.manual_seed(0)
+    x = 5 + 3 * torch.randn(6, 4) * torch.tensor([1.0, 1, 1, 50, 50, 50])[:, None]  # two prompts of three answers
+    mask = left_to_right(4, 2, 3, 1, 4, 2, width=4)
+    dirty = torch.where(mask.bool(), x, torch.full_like(x, 1e6))
+    white = rlhf.whiten_groups(dirty, mask.float(), 3)
+    for rows in (range(3), range(3, 6)):
+        real = [x[i, t].item() for i in rows for t in range(4) if mask[i, t]]
+        mean = sum(real) / len(real)
+        std = math.sqrt(sum((v - mean) ** 2 for v in real) / len(real))
+        for i in rows:
+            for t in range(4):
+                expected = (x[i, t].item() - mean) / std if mask[i, t] else 0.0
+                assert white[i, t].item() == pytest.approx(expected, abs=1e-4)
+    torch.testing.assert_close(rlhf.whiten_groups(x, mask.float(), 6), rlhf.whiten(x, mask))  # all of one prompt
+    assert torch.equal(rlhf.whiten_groups(torch.full((4, 3), 7.0), torch.ones(4, 3), 2), torch.zeros(4, 3))
+
+
 def test_explained_variance():
     target, mask = torch.tensor([[1.0, 2.0, 3.0, 50.0]]), torch.tensor([[1, 1, 1, 0]])
     assert rlhf.explained_variance(target, target, mask).item() == pytest.approx(1)
@@ -317,3 +357,31 @@ def test_ties_give_no_pair_and_a_batch_of_ties_is_refused():
     assert both.item() == alone.item()
     with pytest.raises(ValueError, match="no pair"):
         rlhf.ranking_loss(scores, torch.tensor([0, 0, 0]), torch.tensor([0, 0, 0]))
+
+
+def test_margin_of_llama_2_is_taken_off_the_difference_by_rank_gap():
+    scores, ranks, group = torch.tensor([2.0, 1.0, -1.0]), torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.long)
+    loss = rlhf.ranking_loss(scores, ranks, group, margin=0.5)
+    by_hand = [math.log1p(math.exp(-x)) for x in (2 - 1 - 0.5, 2 + 1 - 1.0, 1 + 1 - 0.5)]
+    assert loss.item() == pytest.approx(sum(by_hand) / 3, rel=1e-6)
+    assert torch.equal(rlhf.ranking_loss(scores, ranks, group, margin=0.0), rlhf.ranking_loss(scores, ranks, group))
+
+
+def test_centering_is_trls_squared_sum_for_pairs_and_a_mean_over_prompts():
+    scores, group = torch.tensor([2.0, 1.0, 4.0, -1.0]), torch.tensor([0, 0, 1, 1])
+    pairs = rlhf.centering_loss(scores, torch.tensor([0, 1, 0, 1]), group)
+    chosen, rejected = scores[::2], scores[1::2]
+    torch.testing.assert_close(pairs, torch.mean((chosen + rejected) ** 2))  # as trl's RewardTrainer writes it
+    three = rlhf.centering_loss(torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0]), torch.tensor([0, 1, 2, 0, 1]),
+                                torch.tensor([0, 0, 0, 1, 1]))  # fmt: skip
+    assert three.item() == pytest.approx(((9 + 16 + 25) / 3 + 4) / 2)
+
+
+def test_a_pairs_weight_multiplies_its_loss_and_equal_ones_change_nothing():
+    scores, ranks, group = torch.tensor([2.0, 1.0, -1.0]), torch.tensor([0, 1, 1]), torch.zeros(3, dtype=torch.long)
+    weights = torch.tensor([[9.0, 0.5, 3.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    loss = rlhf.ranking_loss(scores, ranks, group, weights=weights)
+    assert loss.item() == pytest.approx((0.5 * math.log1p(math.exp(-1)) + 3 * math.log1p(math.exp(-3))) / 2, rel=1e-6)
+    assert torch.equal(
+        rlhf.ranking_loss(scores, ranks, group, weights=torch.ones(3, 3)), rlhf.ranking_loss(scores, ranks, group)
+    )

@@ -1,0 +1,111 @@
+"""PPO before and after: held-out reward, KL and exact match, and the pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.ppo_rollout import Models, Rollout, whole_policy
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Evaluation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+    from transformers import TrainingArguments
+
+
+def measure(
+    collect: Callable[..., Rollout],
+    models: Models,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    text: Tensor | None,
+    evaluation: Evaluation,
+    args: TrainingArguments,
+    accelerator: Accelerator,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Held-out reward, KL and length of sampled answers; where answers can be checked, exact match and the answers.
+
+    collect(rows, prompts, longest=, seed=): samples and reads answers; text: [T, S], held-out blocks of plain text, or None
+    """
+    import torch
+
+    from recipes.common.generation import exact_match, is_checkable
+
+    parts = []
+    for start in range(0, len(prompts), evaluation.batch_size):
+        batch = slice(start, start + evaluation.batch_size)
+        rollout = collect(rows[batch], prompts[batch], longest=evaluation.max_new_tokens, seed=args.seed + start)
+        kl = ((rollout.logprobs - rollout.reference) * rollout.mask).sum(dim=1)
+        parts.append(torch.stack([rollout.rewards, kl, rollout.mask.sum(dim=1).float()]))
+    means = torch.cat(parts, dim=1).mean(dim=1).tolist()
+    figures = dict(zip(("reward", "kl", "response_length"), means, strict=True))
+    if text is not None:
+        figures["text_loss"] = text_loss(models, text, args, accelerator)
+    if not is_checkable(rows[0]):
+        return figures, []
+    with whole_policy(models.learner, accelerator) as policy:
+        told = exact_match(policy, models.tokenizer, rows, evaluation, seed=args.seed, bf16=args.bf16)
+    return figures | {name: told[name] for name in ("exact_match", "sampled_exact_match")}, told["answers"]
+
+
+def text_loss(models: Models, text: Tensor, args: TrainingArguments, accelerator: Accelerator) -> float:
+    """Nats a token of plain text, [T, S], under the policy: what PPO-ptx keeps from rising."""
+    import torch
+
+    from recipes.common.rlhf import next_token_loss
+
+    policy = accelerator.unwrap_model(models.learner).policy
+    with torch.no_grad(), accelerator.autocast():
+        losses = [
+            next_token_loss(policy, part.to(accelerator.device)) * len(part)
+            for part in text.split(args.per_device_train_batch_size)
+        ]
+    return (torch.stack(losses).sum() / len(text)).item()
+
+
+def draw(run: RunFolder, learned: bool) -> None:
+    """Reward beside true score, the frontier of reward and KL, and the health of policy and critic.
+
+    learned: whether the true score is something else than what is maximised
+    """
+    history = [row for row in run.history() if row.get("reward") is not None]
+    steps = [row["step"] for row in history]
+    reward, score = ("learned reward", "true score: never trained on") if learned else ("reward", "true score")
+
+    def rewards(axes: Any) -> None:
+        axes.plot(steps, [row["reward"] for row in history], "C0", label=f"{reward}: what is maximised")
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"{reward}, standard deviations" if learned else reward)
+        lines = axes.get_lines()
+        if history[0].get("true_score") is not None:
+            other = axes.twinx()
+            other.plot(steps, [row["true_score"] for row in history], "C1", label=score)
+            other.set_ylabel("sampled answers that are right")
+            lines = [*lines, *other.get_lines()]
+        axes.legend(handles=lines, frameon=False, loc="lower right")
+
+    def frontier(axes: Any) -> None:
+        kl, gained = [row["kl"] for row in history], [row["reward"] for row in history]
+        axes.figure.colorbar(axes.scatter(kl, gained, c=steps, cmap="viridis", s=18), label="step")
+        axes.set_xlabel("KL from the SFT model, nats a response")
+        axes.set_ylabel(reward)
+
+    run.plot("reward_and_true_score", rewards)
+    run.plot("frontier", frontier)
+    run.plot_curve("kl", "kl", "kl_k3", label="KL from the SFT model, nats a response")
+    if history[-1].get("explained_variance") is not None:
+        run.plot_curve("critic", "explained_variance", "value_loss")
+    if history[-1].get("informative") is not None:
+        run.plot_curve("groups", "informative", label="prompts whose answers got different rewards")
+    run.plot_curve("policy", "entropy", "clip_fraction", "update_kl")
+
+
+def sampled(rollout: Rollout, count: int = 20) -> str:
+    """Some of a step's prompts with their sampled answers and rewards."""
+    shown = []
+    for i in rollout.kept[:count]:
+        value, text = rollout.all.rewards[i].item(), rollout.all.texts[i]
+        shown.append(f"{rollout.all.rows[i]['prompt'][-1]['content']}\n  {value:+.2f}  {text!r}\n")
+    return "".join(shown)
