@@ -11,7 +11,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ANY_PYTHON = $(or $(wildcard $(PYTHON_IN_VENV)),$(PYTHON),python3)
 LAUNCHER := -m recipes.common.launch
 RECIPES := $(filter-out __init__,$(basename $(notdir $(filter-out recipes/common/%,$(wildcard recipes/*/*.py)))))
-TARGETS := help setup setup-dev setup-distributed list quickstart chat test test-fast bench alignment-comparison results notebooks lint clean
+TARGETS := help setup setup-dev setup-distributed list quickstart chat test test-fast bench peft-comparison alignment-comparison results notebooks lint clean
 ON_GPU := $(firstword $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg))
 
 # The tests' processes have one thread each. A file stays in one process, since its tests share what they have trained.
@@ -29,6 +29,7 @@ help:
 	@echo "                   launchers: single ddp fsdp zero1 zero2 zero3 zero2_offload zero3_offload"
 	@echo "make test          all tests; test-fast: those that take seconds; ARGS=\"-k words\" picks some"
 	@echo "make bench         measure ours against its peers; results: the tables of RESULTS.md; notebooks: execute them again"
+	@echo "make peft-comparison        each fine-tuning method beside full fine-tuning: score, size, memory, time; ARGS=\"--seeds 1\""
 	@echo "make alignment-comparison   SFT, best-of-n, DPO, PPO, GRPO from one model, scored by the true checker; ARGS=\"--seeds 1\""
 	@echo "make lint          ruff and mypy"
 	@echo "make clean         delete caches (runs/ and .venv stay)"
@@ -60,6 +61,8 @@ test-fast: setup-dev setup-distributed
 
 bench: setup
 	@$(PYTHON_IN_VENV) scripts/bench.py $(ARGS)
+peft-comparison: setup
+	@$(PYTHON_IN_VENV) scripts/peft_comparison.py $(ARGS)
 alignment-comparison: setup
 	@$(PYTHON_IN_VENV) scripts/alignment_comparison.py $(ARGS)
 results: setup

@@ -14,25 +14,17 @@ The report is <root>/README.md, the figures <root>/comparison.json; other argume
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from side_by_side import Step, run_step, told  # first: it makes `recipes` importable
 
-from recipes.common.launch import environment_defaults  # noqa: E402
-
-environment_defaults()
-
-from recipes.common.best_of_n import kl_bound, value_of_best  # noqa: E402
-from recipes.common.recipe import run_recipe  # noqa: E402
-from recipes.common.run_folder import RunFolder, write_atomically  # noqa: E402
-from recipes.common.sections import Evaluation, Model  # noqa: E402
+from recipes.common.best_of_n import kl_bound, value_of_best
+from recipes.common.run_folder import RunFolder, write_atomically
+from recipes.common.sections import Evaluation, Model
 
 SFT_STEPS = 800  # of `make full`'s 1400: a model with something left to learn
 FREE_STEPS = 150  # of PPO without a KL penalty, three times its laptop config's
@@ -48,25 +40,6 @@ METHODS = {  # name: what its row of the table is called, and what it learns fro
     "grpo": ("GRPO", "the checker"),
     "ppo_free": ("PPO, KL left free", "the reward model, no penalty"),
 }
-
-
-@dataclass
-class Step:
-    """One run of a recipe: <root>/<recipe>/<name>."""
-
-    method: str
-    chapter: str
-    recipe: str
-    name: str
-    arguments: tuple[str, ...] = ()
-
-    def folder(self, root: Path) -> Path:
-        return root / self.recipe / self.name
-
-    def command(self, root: Path, extra: Sequence[str]) -> list[str]:
-        """The recipe's argv; a run that was interrupted goes on."""
-        resume = ("--run.resume", "true") if (self.folder(root) / "config.yaml").exists() else ()
-        return ["--run.root", str(root), "--run.name", self.name, *self.arguments, *extra, *resume]
 
 
 def plan(root: Path, seeds: int, model: Path | None) -> list[Step]:
@@ -85,15 +58,6 @@ def plan(root: Path, seeds: int, model: Path | None) -> list[Step]:
     free = ("--ppo.kl_coefficient", "0", "--training.max_steps", str(FREE_STEPS), "--training.save_steps", "50")
     steps.append(Step("ppo_free", "alignment", "ppo", "free", (*start, *judge, *free)))
     return steps
-
-
-def run_step(step: Step, root: Path, extra: Sequence[str]) -> None:
-    """Run one recipe in this process unless it is finished. Exits with the recipe's code if it is not 0."""
-    if (step.folder(root) / "metrics.json").exists():
-        return
-    module = importlib.import_module(f"recipes.{step.chapter}.{step.recipe}")
-    if code := run_recipe(module.main, module.Config, step.command(root, extra)):
-        sys.exit(code)
 
 
 # ---------------------------------------------------------------- scores
@@ -180,15 +144,6 @@ def score_all(
 
 
 # ---------------------------------------------------------------- report
-
-
-def told(values: Sequence[float | None], digits: int) -> str:
-    """The mean, and from where to where it goes over the seeds."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{sum(known) / len(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f} to {max(known):.{digits}f})"
 
 
 def table(scores: dict[str, list[dict[str, Any]]]) -> str:

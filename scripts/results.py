@@ -9,6 +9,7 @@ The other files of that folder are `make bench`'s: RESULTS.md's table of ratios 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -56,19 +57,21 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
         ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
         ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
     ],
-    "full": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],
-    "lora": [("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")],
     "reward_model": [("reward_accuracy", "held-out pairs ranked right", "留出对排序正确", "baseline_accuracy")],
-    "ppo": [
-        (
-            "sampled_exact_match",
-            "held-out tasks right, sampled",
-            "留出任务正确（采样）",
-            "baseline_sampled_exact_match",
-        ),
-        ("exact_match", "greedy", "贪心", "baseline_exact_match"),
-    ],
 }
+TASKS_RIGHT = ("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")
+SAMPLED = (
+    "sampled_exact_match",
+    "held-out tasks right, sampled",
+    "留出任务正确（采样）",
+    "baseline_sampled_exact_match",
+)
+for _name in (
+    "full", "bitfit", "prefix_tuning", "prompt_tuning", "p_tuning", "lora", "adalora", "qlora", "ia3", "adapter"
+):  # fmt: skip
+    HEADLINES[_name] = [TASKS_RIGHT]
+for _name in ("ppo", "dpo", "grpo"):
+    HEADLINES[_name] = [SAMPLED, ("exact_match", "greedy", "贪心", "baseline_exact_match")]
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -152,8 +155,11 @@ def put(path: Path, mark: str, content: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Collect (unless --render) and render."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="only write the tables again")
+    asked = parser.parse_args(argv)
     stored = json.loads(STORE.read_text()) if STORE.exists() else {}
-    if "--render" not in argv:
+    if not asked.render:
         stored |= collect(Path("runs"))
         write_atomically(STORE, json.dumps(stored, indent=2) + "\n")
     put(ROOT / "README.md", "results", table(stored))

@@ -3,6 +3,7 @@
     CAUSAL_LM      a decoder answers conversations; the loss is on the assistant's tokens; exact match where it can be checked
     SEQ_2_SEQ_LM   an encoder-decoder writes the target of a source; exact answers and shared words
     SEQ_CLS        any model tells the class of a text, or of two; accuracy
+    TOKEN_CLS      any model tells the tag of each word; accuracy and F1 (recipes/common/labelling.py)
 
 The method stands between `prepare` and `learn`, in the recipe. The names are those of peft's TaskType.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from recipes.common.sft import Measured
 
-TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"]
 KINDS: dict[str, Literal["conversation", "pair", "classification"]] = {
     "CAUSAL_LM": "conversation", "SEQ_2_SEQ_LM": "pair", "SEQ_CLS": "classification",
 }  # fmt: skip
@@ -42,7 +43,7 @@ class Task:
     base: PreTrainedModel
     data: DatasetDict  # canonical rows of the type's kind
     fingerprint: str  # of the base, for the adapter's file
-    classes: list[str] = field(default_factory=list)  # SEQ_CLS: sorted, the order of the head's outputs
+    classes: list[str] = field(default_factory=list)  # SEQ_CLS and TOKEN_CLS: sorted, the order of the head's outputs
 
 
 def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options: Any) -> Task:
@@ -50,8 +51,14 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
 
     Raises UserError for a fresh model: a method that keeps the base frozen needs a base that has learned something.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
+    from recipes.common import labelling
     from recipes.common.adapter_files import fingerprint
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
@@ -60,22 +67,31 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
         raise UserError(
             f"model.name: {run.recipe} adapts a pretrained model; a fresh one (model.config) has nothing to keep frozen"
         )
-    if task_type not in KINDS:
-        raise UserError(f"task_type: {task_type} is not one of {', '.join(KINDS)}")
+    if task_type not in (*KINDS, "TOKEN_CLS"):
+        raise UserError(f"task_type: {task_type} is not one of {', '.join(KINDS)}, TOKEN_CLS")
     tokenizer = load_tokenizer(model, run, chat=task_type == "CAUSAL_LM")
-    rows = load_data(data, KINDS[task_type])
+    rows: Any = labelling.load_rows(data) if task_type == "TOKEN_CLS" else load_data(data, KINDS[task_type])
     auto_class: Any = AutoModelForCausalLM if task_type == "CAUSAL_LM" else AutoModelForSeq2SeqLM
     classes: list[str] = []
-    if task_type == "SEQ_CLS":
-        classes = _classes(rows)
-        auto_class = AutoModelForSequenceClassification
+    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        by_text = task_type == "SEQ_CLS"
+        classes = _classes(rows) if by_text else labelling.tags_of(rows)
+        auto_class = AutoModelForSequenceClassification if by_text else AutoModelForTokenClassification
         options |= {
             "num_labels": len(classes),
             "id2label": dict(enumerate(classes)),
             "label2id": {name: i for i, name in enumerate(classes)},
         }
+    seed_again()
     base = load_model(model, tokenizer, run, auto_class, **options)
     return Task(task_type, tokenizer, base, rows, fingerprint(base), classes)
+
+
+def seed_again() -> None:
+    """Draw from the run's seed on from here: libraries draw too when they are first imported, and not when they are not."""
+    import torch
+
+    torch.manual_seed(torch.initial_seed())
 
 
 def _classes(rows: DatasetDict) -> list[str]:
@@ -100,15 +116,25 @@ def make_trainer(task: Task, model: Any, args: SFTConfig, run: RunFolder) -> Tra
 
     from transformers import Trainer
 
+    from recipes.common.length_groups import group_by_length
+
     args.remove_unused_columns = False  # the collator takes rows of text
     train, held_out = _rows(task, "train", args), _rows(task, "validation", args)
-    return Trainer(
+    trainer = Trainer(
         model, args, train_dataset=train, eval_dataset=held_out, data_collator=lambda rows: collate(task, rows, args)
     )
+    if args.train_sampling_strategy == "group_by_length":
+        group_by_length(trainer, [sum(map(len, filter(None, _sides(row)))) for row in train])
+    return trainer
+
+
+def _sides(row: Any) -> list[Any]:
+    """What a row's length is made of: the token lists of a pair, or the texts or words of a row."""
+    return list(row) if isinstance(row, tuple) else [row.get(name) for name in ("text", "text_pair", "words")]
 
 
 def _rows(task: Task, split: str, args: SFTConfig) -> Any:
-    if task.type == "SEQ_CLS":
+    if task.type in ("SEQ_CLS", "TOKEN_CLS"):
         return task.data[split]
     from recipes.common.text_to_text import encode_pairs
 
@@ -124,13 +150,16 @@ def _longest(task: Task, args: SFTConfig) -> int:
 
 
 def collate(task: Task, rows: list[Any], args: SFTConfig) -> dict[str, torch.Tensor]:
-    """SEQ_CLS rows, or SEQ_2_SEQ_LM pairs, as a model's inputs with `labels`: (batch,), or (batch, target)."""
+    """Rows of the task, or SEQ_2_SEQ_LM pairs, as a model's inputs with `labels`: (batch,), or (batch, length)."""
     import torch
 
+    from recipes.common import labelling
     from recipes.common.text_to_text import batch_of
 
     if task.type == "SEQ_2_SEQ_LM":
         return batch_of(rows, task.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    if task.type == "TOKEN_CLS":
+        return labelling.collate(task, rows, _longest(task, args))
     firsts, seconds = [row["text"] for row in rows], [row["text_pair"] for row in rows]
     if task.tokenizer.sep_token is None:  # a decoder's tokenizer knows no pairs
         firsts = [a if b is None else f"{a}\n{b}" for a, b in zip(firsts, seconds, strict=True)]
@@ -204,11 +233,14 @@ def announce(task: Task, trainer: Any, run: RunFolder) -> dict[str, torch.Tensor
 
 def measure(task: Task, trainer: Any, evaluation: Evaluation, run: RunFolder, when: str) -> Measured:
     """Held-out loss, and what share of the held-out rows is answered right."""
-    from recipes.common import sft
+    from recipes.common import labelling, sft
 
     if task.type == "CAUSAL_LM":
         return sft.measure(trainer, task.tokenizer, task.data["validation"], evaluation, run, when)
-    measured = (_classified if task.type == "SEQ_CLS" else _written)(task, trainer, evaluation)
+    if task.type == "TOKEN_CLS":
+        measured = labelling.measure(task, trainer, evaluation, _longest(task, trainer.args))
+    else:
+        measured = (_classified if task.type == "SEQ_CLS" else _written)(task, trainer, evaluation)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.figures.items())
     run.say(f"{when}: held-out loss {measured.loss:.4f}, {shown}")
     return measured
@@ -272,7 +304,7 @@ def _written(task: Task, trainer: Any, evaluation: Evaluation) -> Measured:
 
 def report(task: Task, run: RunFolder, before: Measured, after: Measured) -> dict[str, float]:
     """Plots and samples of the two; gives the flat figures: those of after, and baseline_* of before."""
-    from recipes.common import sft
+    from recipes.common import labelling, sft
 
     if task.type == "CAUSAL_LM":
         return sft.report(run, before, after)
@@ -283,7 +315,7 @@ def report(task: Task, run: RunFolder, before: Measured, after: Measured) -> dic
     if task.type == "SEQ_CLS":
         labels = Counter(task.data["validation"]["label"])
         figures["most_common_class"] = round(max(labels.values()) / labels.total(), 4)
-    return figures
+    return figures | (labelling.majority(task.data) if task.type == "TOKEN_CLS" else {})
 
 
 def head_names(model: PreTrainedModel) -> set[str]:
@@ -293,7 +325,8 @@ def head_names(model: PreTrainedModel) -> set[str]:
     """
     from transformers.models.auto import modeling_auto
 
-    if type(model).__name__ not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+    by_text = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    if type(model).__name__ not in {*by_text, *modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()}:
         return set()
     backbone = {id(p) for p in model.base_model.parameters()}
     return {name for name, p in model.named_parameters() if id(p) not in backbone}

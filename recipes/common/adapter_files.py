@@ -31,6 +31,10 @@ METHODS: dict[str, str] = {
     "adapter": "recipes.common.bottleneck:put_back",
     "adapter_fusion": "recipes.finetuning.adapter_fusion:put_back",
     "madx": "recipes.finetuning.madx:put_back",
+    "prefix_tuning": "recipes.common.prefixes:put_back",
+    "prompt_tuning": "recipes.common.virtual_tokens:put_back",
+    "p_tuning": "recipes.common.virtual_tokens:put_back",
+    "p_tuning_v2": "recipes.common.prefixes:put_back",
 }
 
 

@@ -7,6 +7,8 @@
     classification {"text": str, "text_pair": str or None, "label": str}, one text or two and their class
     pair          {"source": str, "target": str}, a text and what it is to become: a translation, a summary
 
+Words with their tags (`labelling`) are read by recipes/common/labelling.py.
+
 A row is recognised by its columns (alpaca, ShareGPT, messages, prompt/completion, question/answer, SQuAD,
 chosen/rejected in all forms, K-way), and what it holds (its native kind) is then turned into the kind that is asked
 for, or refused with the reason. Whatever is wrong with a row is a `BadRow` that says what, and how to put it right.
@@ -70,6 +72,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "classification": ("classification", "text"),
     "pair": ("pair",),
+    "labelling": ("labelling",),
     "image": ("image",),
     "image_caption": ("image_caption",),
 }
@@ -80,6 +83,7 @@ HOLDS: dict[str, str] = {
     "prompt": "prompts without an answer",
     "classification": "texts with a class",
     "pair": "texts with what they become",
+    "labelling": "words with their tags",
     "image": "images with labels",
     "image_caption": "images with captions",
 }

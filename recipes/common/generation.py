@@ -204,8 +204,10 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def model_positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model has; None where it names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """How many positions the model has for a row; None where it names no limit. A learned prefix takes some of them."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    taken = getattr(getattr(model, "prompt", None), "positions", 0)
+    return None if positions is None else positions - taken
 
 
 # -------------------------------------------------------------------------------------------- exactly right, or not

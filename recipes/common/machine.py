@@ -107,7 +107,8 @@ def peak_flops(dtype_name: str) -> float:
     device = torch.device("cuda" if has_gpu() else "cpu")
     n = 8192 if has_gpu() else 2048
     dtype = getattr(torch, dtype_name)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    draw = torch.Generator(device).manual_seed(0)  # its own: once a process, it must not shift the run's random numbers
+    a, b = (torch.randn(n, n, device=device, generator=draw).to(dtype) for _ in range(2))
     a @ b  # the first call picks kernels and allocates
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < 0.4:

@@ -64,6 +64,8 @@ def check_batch(batch: dict[str, Any], model: nn.Module) -> None:
     config = model.config
     if ids is not None:
         vocabulary = getattr(config, "vocab_size", None)
+        virtual = getattr(getattr(model, "prompt", None), "last_id", -1)  # ids of learned prompts, behind the words
+        vocabulary = None if vocabulary is None else max(vocabulary, virtual + 1)
         if vocabulary is not None and int(ids.max()) >= vocabulary:
             problems.append(
                 f"the batch holds token {int(ids.max())}, but the model knows {vocabulary}: the tokenizer (model.tokenizer) and the model do not belong together"

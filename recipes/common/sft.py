@@ -9,6 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common.generation import exact_match, generate, inference, is_checkable, pad_id, prompt_of
+from recipes.common.length_groups import group_by_length
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Evaluation
 from recipes.common.sft_packing import IGNORED, PackedRows
@@ -52,6 +53,8 @@ def make_trainer(
     if args.packing and not model.config._attn_implementation.startswith("flash"):
         assert args.max_length is not None
         trainer.data_collator = PackedRows(pad_id(tokenizer), args.max_length, args.per_device_train_batch_size)
+    if args.train_sampling_strategy == "group_by_length":
+        group_by_length(trainer, [len(ids) for ids in data["train"]["input_ids"]])
     score_only_answers(trainer)
     return trainer
 

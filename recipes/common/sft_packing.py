@@ -51,7 +51,7 @@ def prepare(
         )
     _set_stop_token(tokenizer, model, args)
     _fit_length(model, args, run)
-    template = _training_template(tokenizer, args)
+    template = training_template(tokenizer, args)
     _check_template(data["train"], tokenizer, template, args, run)
     made = {}
     for split in ("train", "validation"):
@@ -93,7 +93,7 @@ def _fit_length(model: PreTrainedModel, args: SFTConfig, run: RunFolder) -> None
         args.max_length = positions
 
 
-def _training_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> str | None:
+def training_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> str | None:
     """The template to train with where it is not the tokenizer's own: one that marks the assistant's words.
 
     TRL brings such a template for the common model families. Raises UserError where there is none.

@@ -1,4 +1,4 @@
-"""Full fine-tuning: teach a pretrained model to answer, with every weight free to move.
+"""Full fine-tuning: teach a pretrained model to answer, or another task, with every weight free to move.
 
     loss = - 1/|A| sum_{t in A} log p(x_t | x_<t)      A: the assistant's tokens, each answer's stop token included
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from recipes.common.adaptation import TaskType
 from recipes.common.config import Section, defaults
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
@@ -27,11 +28,14 @@ from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, Run
 if TYPE_CHECKING:
     import trl
 
+    from recipes.common.adaptation import Task
+
 
 @dataclass
 class Full:
     """Knobs of the fine-tuning itself."""
 
+    task_type: TaskType = "CAUSAL_LM"  # what the rows are, and the model's head
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, as a small model was pretrained
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices; training.learning_rate is that of the rest
 
@@ -48,32 +52,40 @@ class Config:
     run: Run
 
 
-def main(config: Config, run: RunFolder) -> dict[str, Any]:
-    """Model, conversations, rows of tokens; measure, train, measure again, save."""
-    from recipes.common import sft
+def prepare(config: Config, run: RunFolder) -> Task:
+    """Model, rows and their tokenizer. Only a conversation can be learned by a fresh model: nothing of it is frozen."""
+    from recipes.common import adaptation
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
-    from recipes.common.sft_packing import prepare
-    from recipes.common.training import fit
 
-    if config.full.optimizer == "muon":
-        refuse_muon_on_shards(config.training)
+    if config.full.task_type != "CAUSAL_LM":
+        return adaptation.prepare(config.model, config.data, config.full.task_type, run)
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
     conversations = load_data(config.data, "conversation")
-    rows = prepare(conversations, tokenizer, model, config.training, run)
-    trainer = sft.make_trainer(model, tokenizer, rows, config.training)
-    if config.full.optimizer == "muon":
-        trainer.optimizer = muon_with_adamw(model, config.training, config.full.muon_learning_rate)
-    sft.announce(trainer, run)
+    return adaptation.Task(
+        "CAUSAL_LM", tokenizer, model, conversations, fingerprint=""
+    )  # no adapter will name its base
 
-    before = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "before")
-    fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
-    after = sft.measure(trainer, tokenizer, conversations["validation"], config.evaluation, run, "after")
 
-    sft.save(trainer, tokenizer, run)
-    return sft.report(run, before, after)
+def main(config: Config, run: RunFolder) -> dict[str, Any]:
+    """Model and task; measure, train, measure again, save."""
+    from recipes.common import adaptation, sft
+    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
+
+    def with_muon(trainer: Any) -> None:
+        trainer.optimizer = muon_with_adamw(trainer.model, config.training, config.full.muon_learning_rate)
+
+    muon = config.full.optimizer == "muon"
+    if muon:
+        refuse_muon_on_shards(config.training)
+    task = prepare(config, run)
+    ready = with_muon if muon else None
+    trainer, figures = adaptation.learn(
+        task, task.base, config.training, config.evaluation, run, config.run, ready=ready
+    )
+    sft.save(trainer, task.tokenizer, run)
+    return figures
 
 
 if __name__ == "__main__":

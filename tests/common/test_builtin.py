@@ -73,6 +73,8 @@ def test_rows_have_the_form_of_their_kind(name: str) -> None:
                 assert row["text_pair"] is None or row["text_pair"].strip()
             case "pair":
                 assert row["source"].strip() and row["target"].strip()
+            case "labelling":
+                assert len(row["words"]) == len(row["tags"]) > 0 and all(word.strip() for word in row["words"])
             case kind:
                 pytest.fail(f"no check for rows of kind {kind}")
 

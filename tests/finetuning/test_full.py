@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft_checks
 import pytest
 import torch
 from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
@@ -94,6 +95,22 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert "dry run: nothing was trained" in done.out
     assert "supervised" in done.out
     assert not [path for path in done.folder.rglob("*") if path.is_file()]
+
+
+def test_an_encoder_learns_to_classify(run_in_process: Run, tmp_path: Path) -> None:
+    base, rows = peft_checks.save_bert(tmp_path / "bert"), peft_checks.labelled_rows(tmp_path / "rows.jsonl")
+    done = run_in_process(full, arguments(base, rows, {"full.task_type": "SEQ_CLS"}), tmp_path)
+    assert done.code == 0, done.err
+    assert done.figures["accuracy"] > 0.9 > done.figures["baseline_accuracy"]
+    assert done.figures["trainable_parameters"] == done.figures["parameters"]
+
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(done.folder / "model")
+    assert model.config.id2label == {0: "cold", 1: "warm"}
+    before = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).state_dict()
+    kept = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
+    assert not [name for name in kept if name.endswith("weight")], "a weight that never moved"
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

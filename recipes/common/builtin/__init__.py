@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.common.builtin import packages, pydocs, pydocs_qa, tasks
+from recipes.common.builtin import packages, pydocs, pydocs_qa, python_tokens, tasks
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Builtin:
     The seed sets order and wording, never the split. Another split's name is a UserError.
     """
 
-    kind: str  # text | conversation | preference | classification | pair
+    kind: str  # text | conversation | preference | classification | pair | labelling
     load: Callable[[str, int], list[dict[str, Any]]]
     description: str
 
@@ -40,5 +40,10 @@ BUILTINS: dict[str, Builtin] = {
     "pydocs_match": Builtin("classification", packages.load_match, "whether a docstring describes a function's code"),
     "pydocs_summary": Builtin(
         "pair", packages.load_summary, "a function's code and the first sentence of its docstring"
+    ),
+    "python_tokens": Builtin(
+        "labelling",
+        python_tokens.load,
+        "words of the standard library's code, and whether each is a keyword, a name, ...",
     ),
 }

@@ -1,0 +1,106 @@
+"""What the comparisons share: runs of recipes that are kept or go on, means over seeds, one word that must be known."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from recipes.common.launch import environment_defaults  # noqa: E402
+
+environment_defaults()
+
+from recipes.common.errors import UserError  # noqa: E402
+from recipes.common.recipe import run_recipe  # noqa: E402
+
+
+@dataclass
+class Step:
+    """One run of a recipe: <root>/<recipe>/<name>."""
+
+    method: str
+    chapter: str
+    recipe: str
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    def folder(self, root: Path) -> Path:
+        return root / self.recipe / self.name
+
+    def command(self, root: Path, extra: Sequence[str]) -> list[str]:
+        """The recipe's argv; a run that was interrupted goes on."""
+        resume = ("--run.resume", "true") if (self.folder(root) / "config.yaml").exists() else ()
+        return ["--run.root", str(root), "--run.name", self.name, *self.arguments, *extra, *resume]
+
+    def figures(self, root: Path) -> dict[str, Any] | None:
+        """metrics.json of the run; None until it is finished."""
+        file = self.folder(root) / "metrics.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+
+def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = False) -> None:
+    """Run one recipe unless it is finished. Exits with the recipe's code if it is not 0.
+
+    `apart`: in a process of its own, for runs whose memory is compared, since a process's peak is that of all it did.
+    """
+    if step.figures(root) is not None:
+        return
+    argv = step.command(root, extra)
+    if apart:
+        code = _in_a_process(step, argv)
+    else:
+        module = importlib.import_module(f"recipes.{step.chapter}.{step.recipe}")
+        code = run_recipe(module.main, module.Config, argv)
+    if code:
+        sys.exit(code)
+
+
+def _in_a_process(step: Step, argv: Sequence[str]) -> int:
+    """The recipe's exit code. A signal is the recipe's to answer, with a checkpoint; this process waits for it."""
+    script = ROOT / "recipes" / step.chapter / f"{step.recipe}.py"
+    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with subprocess.Popen([sys.executable, str(script), *argv], env={**os.environ, "PYTHONPATH": str(ROOT)}) as run:
+            signal.signal(signal.SIGTERM, lambda *_: run.terminate())  # a terminal's Ctrl-C reaches it by itself
+            code = run.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code  # -9: killed by signal 9, which a shell calls 137
+
+
+def mean(values: Sequence[float]) -> float:
+    """The plain mean."""
+    return sum(values) / len(values)
+
+
+def told(values: Sequence[float | None], digits: int) -> str:
+    """The mean, and from where to where it goes over the seeds."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    shown = f"{mean(known):.{digits}f}"
+    return shown if len(known) == 1 else f"{shown} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+
+def check_words(option: str, words: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UserError for words that are not known, each with the nearest that is."""
+    problems = []
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=1)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            problems.append(f"{option}: there is no `{word}`{meant} There are {', '.join(known)}")
+    if problems:
+        raise UserError(problems)
