@@ -36,6 +36,14 @@ from recipes.common.launch import environment_defaults  # noqa: E402
 environment_defaults()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that looks at a finished run of its recipe takes seconds, whichever test of the file makes the run."""
+    for item in items:
+        if {"trained", "with_everything"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets beside the checkout; a test that needs it is skipped where it is not there."""

@@ -256,6 +256,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return saved(tmp_path_factory.mktemp("chat"), tokenizer, make_model(tokenizer))
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_answers_and_nothing_else(
     execute: Callable[..., Any], folder: Path, clean_environment: dict[str, str]
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_pipe_gets_answers_and_nothing_else(
     assert "Traceback" not in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_at_a_terminal_ctrl_c_stops_a_long_answer_and_ctrl_d_leaves(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:

@@ -40,6 +40,7 @@ def launched(checkout: Checkout, execute: Execute, *words: str, **environment: s
     return execute(line, cwd=checkout.root, PYTHONPATH=str(checkout.root), **{**NO_GPU, **environment})
 
 
+@pytest.mark.slow
 def test_two_processes_form_one_group(checkout: Checkout, execute: Execute) -> None:
     done = launched(checkout, execute, "tiny", "--launch", "ddp", "--nproc", "2", "--", "--x.y", "a b")
     assert done.returncode == 0, done.stderr
@@ -71,6 +72,7 @@ def test_plain_torchrun_forms_one_group(checkout: Checkout, execute: Execute) ->
     assert "process 1 of 2: total 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_accelerate_on_cpu_starts_one_process_and_is_refused(checkout: Checkout, execute: Execute) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     done = execute([*accelerate, "recipes/demo/tiny.py"], cwd=checkout.root, PYTHONPATH=str(checkout.root), **NO_GPU)
@@ -118,6 +120,7 @@ def test_deepspeed_launcher(checkout: Checkout, execute: Execute) -> None:
     assert done.stdout.count("arguments ['--x.y', '1']") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "code", "said"),
     [
@@ -142,6 +145,7 @@ def test_exit_code_of_the_worker_that_failed(
         assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_workers_and_ends_with_130(
     checkout: Checkout, clean_environment: dict[str, str], number: signal.Signals
@@ -478,6 +482,7 @@ def test_fsdp_as_accelerate_sets_it_up(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert str(plugin.mixed_precision_policy.param_dtype) == "torch.bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAUNCHERS if name.startswith("zero")])
 def test_deepspeed_configuration(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """accelerate takes it with its own file, transformers fills in all that is "auto", DeepSpeed knows every key."""

@@ -109,6 +109,7 @@ def test_it_runs_without_network_or_runs(run: Any) -> None:
         assert line in told and line in CHAPTER.read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_s_figures_are_shown_before_the_stored_ones(bare: Path, run: Any) -> None:
     folder = bare / "runs/bart/default"
     folder.mkdir(parents=True)

@@ -212,6 +212,7 @@ def finish(root: Path, base: str, method: str, seeds: int, **figures: Any) -> No
         (folder / "metrics.json").write_text(json.dumps(told))
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_reported_whoever_asked_for_it(tmp_path: Path) -> None:
     for base, method in BOTH:
         finish(tmp_path, base, method, 2 if method == "lora" else 1)

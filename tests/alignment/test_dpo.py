@@ -330,6 +330,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tiny
         torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_saved_beside_the_merged_model(tiny, preferences, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

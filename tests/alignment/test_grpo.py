@@ -249,6 +249,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_too(tiny, questions, tmp_path):
     more = {"lora__r": 8, "lora__target_modules": "[q_proj, v_proj, down_proj]", "training__learning_rate": 5e-2}
     assert run(tiny, questions, tmp_path, **more, training__max_steps=8) == 0

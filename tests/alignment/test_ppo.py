@@ -602,6 +602,7 @@ def test_reward_rises_at_a_kl_that_is_reported(trained):
         assert (trained / "plots" / f"{plot}.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_reward_rises_without_a_critic_too(tiny, judge, preferences, tmp_path):
     more = {"training__max_steps": 12, "ppo__critic": "others", "ppo__answers": 4}
     assert run(tiny, judge, preferences, tmp_path, **more) == 0
@@ -773,6 +774,7 @@ def test_all_of_it_together_is_resumed_exactly(
         assert mine[name] == pytest.approx(theirs[name], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checker_alone_raises_the_held_out_reward(tiny, preferences, tmp_path):
     more = {"ppo__reward_model": "null", "ppo__reward_function": f"{__name__}:letters", "ppo__critic": "others"}
     more |= {"ppo__answers": 4, "ppo__missing_stop_penalty": 0, "ppo__oversample": 2, "ppo__rollouts": 64}

@@ -139,6 +139,7 @@ def test_language_loss_is_that_of_the_best_answers_tokens_alone(scorer):
     torch.testing.assert_close(found, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_grew_is_trained_saved_and_loaded_by_the_library(tiny, preferences, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -318,6 +319,7 @@ def test_stock_pipeline_serves_the_score(trained):
     assert served(text)[0]["score"] == pytest.approx(model(**ids).logits.item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_demonstrations_score_zero_on_average(tiny, preferences, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -404,6 +406,7 @@ def long_winded(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_balanced_pairs_lower_the_length_bias_and_raise_accuracy_where_length_tells_nothing(
     tiny, long_winded, tmp_path
 ):

@@ -281,6 +281,7 @@ def test_the_loss_is_the_mean_over_the_targets() -> None:
         torch.testing.assert_close(halves, torch.stack(expected).mean() / 2)
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_with_our_class_and_with_auto(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -42,6 +42,7 @@ def test_importing_the_sets_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stdout.split()) == (0, list(BUILTINS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILTINS)
 def test_a_seed_gives_the_same_rows_and_another_seed_others(name: str) -> None:
     load = BUILTINS[name].load
@@ -159,6 +160,7 @@ def test_sources_normalise_line_ends_and_skip_what_they_cannot_read(
 # ------------------------------------------------------------------------------------------------------ pydocs_qa
 
 
+@pytest.mark.slow
 def test_questions_lie_in_the_split_of_their_file() -> None:
     for split in SPLITS:
         files = {row["path"] for row in rows("pydocs", split)}
@@ -247,6 +249,7 @@ class Box:
 # ---------------------------------------------------------------------------------------------------------- tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), [("tasks", tasks.SIZES), ("tasks_preferences", tasks.PREFERENCE_SIZES)])
 def test_sizes_families_and_languages_are_as_promised(name: str, sizes: dict[str, int]) -> None:
     assert 8 <= len(tasks.FAMILIES) <= 12
@@ -286,6 +289,7 @@ def instances(monkeypatch: pytest.MonkeyPatch, load: Any, split: str) -> set[str
     return drawn
 
 
+@pytest.mark.slow
 def test_no_instance_is_in_two_splits_of_either_set(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {
         split: instances(monkeypatch, tasks.load, split) | instances(monkeypatch, tasks.load_preferences, split)
@@ -334,6 +338,7 @@ def test_the_most_common_answer_of_a_family_is_no_good_answer() -> None:
 COMPUTED = ("add", "subtract", "multiply", "count", "sort", "reverse")
 
 
+@pytest.mark.slow
 def test_what_must_be_computed_does_not_stand_in_the_prompt() -> None:
     for split in SPLITS:
         for row in rows("tasks", split):

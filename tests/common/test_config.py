@@ -610,6 +610,7 @@ MISTAKES: list[tuple[str, str | bytes | None, list[str], list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "argv", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_said_with_place_and_fix(text: str | bytes | None, argv: list[str], said: list[str]) -> None:
     found = problems("run: {seed: 1}" if text is None else text, *argv)

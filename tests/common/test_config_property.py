@@ -161,6 +161,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("config")
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(spoilt=mutated())
 def test_a_spoilt_config_loads_or_is_refused(spoilt: tuple[bytes, list[str]], folder: Path) -> None:

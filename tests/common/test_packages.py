@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from itertools import combinations
 
+import pytest
+
 from recipes.common.builtin import packages
 from recipes.common.builtin.split import SPLITS
 
 
+@pytest.mark.slow
 def test_functions_of_packages_are_split_by_file_and_no_docstring_stands_in_two_splits() -> None:
     splits = {split: packages.shuffled(split, 0) for split in SPLITS}
     for one, other in combinations(splits.values(), 2):

@@ -75,6 +75,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     checks.check_resume(adapter, line, run_in_process, tmp_path, trained[0], monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["houlsby", "parallel"])
 def test_gradient_checkpointing_and_packing(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path, kind: str
@@ -240,6 +241,7 @@ def test_a_base_in_16_bits_has_adapters_in_32(bases: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- task types
 
 
+@pytest.mark.slow
 def test_it_classifies(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_bert(tmp_path / "bert"), checks.labelled_rows(tmp_path / "rows.jsonl")
     changes = {"adapter.task_type": "SEQ_CLS", "training.learning_rate": 1e-2}
@@ -255,6 +257,7 @@ def test_it_classifies(run_in_process: checks.Run, tmp_path: Path) -> None:
         assert loaded(**ids).logits.argmax(-1).tolist() == [1, 0]  # classes in order: cold, warm
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_t5(tmp_path / "t5"), checks.pair_rows(tmp_path / "rows.jsonl")
     changes = {"adapter.task_type": "SEQ_2_SEQ_LM"}

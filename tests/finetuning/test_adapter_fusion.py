@@ -180,6 +180,7 @@ def test_only_the_attention_gets_gradients_and_a_step_changes_the_output(kind: s
     assert (model(**INPUTS).logits - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_t5(tmp_path / "t5"), checks.pair_rows(tmp_path / "rows.jsonl")
     changes = few({"a": rows}, **{"adapter.task_type": "SEQ_2_SEQ_LM", "fusion.steps": 10, "training.max_steps": 20})
@@ -213,6 +214,7 @@ def save_adapter(chat_model: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_trained_before_are_fused_too(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +282,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     checks.check_refused(adapter_fusion, line, told, run_in_process, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_adapter_recipe_is_of_its_form(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     checks.check_resume(bitfit, line, run_in_process, tmp_path, trained[0], monkeypatch)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_packing(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_gated_mlp_has_two_first_layers(chat_model: Path) -> None:
     assert ends == {"self_attn.q_proj.bias", "mlp.gate_proj.bias", "mlp.up_proj.bias"}
 
 
+@pytest.mark.slow
 def test_it_classifies(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_bert(tmp_path / "bert"), checks.labelled_rows(tmp_path / "rows.jsonl")
     changes = {"bitfit.add_biases": "false", "bitfit.task_type": "SEQ_CLS", "training.learning_rate": 2e-2}
@@ -146,6 +148,7 @@ def test_it_classifies(run_in_process: checks.Run, tmp_path: Path) -> None:
     assert plain.config.id2label == {0: "cold", 1: "warm"}
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_bart(tmp_path / "bart"), checks.pair_rows(tmp_path / "rows.jsonl")
     changes = {"bitfit.add_biases": "false", "bitfit.task_type": "SEQ_2_SEQ_LM", "training.learning_rate": 5e-2}

@@ -27,6 +27,7 @@ def arguments(chat_model: Path, data: Path | str, changes: Changes | None = None
     return command_line({"model.name": chat_model, "data.name": data, **FEW, **(changes or {})})
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_model_that_answers(
     run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -49,6 +50,7 @@ def test_it_learns_and_leaves_a_model_that_answers(
     assert generate(model, tokenizer, prompts, max_new_tokens=8) == ["yes", "yes"]
 
 
+@pytest.mark.slow
 def test_the_questions_of_tasks_are_checked(run_in_process: Run, chat_model: Path, tmp_path: Path) -> None:
     few = {"data.max_samples": 200, "data.max_validation_samples": 40, "training.max_steps": 2}
     done = run_in_process(full, arguments(chat_model, "tasks", {**few, "training.max_length": 256}), tmp_path)
@@ -60,6 +62,7 @@ def test_the_questions_of_tasks_are_checked(run_in_process: Run, chat_model: Pat
     assert (done.folder / "plots" / "exact_match_by_task.png").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +100,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert not [path for path in done.folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_to_classify(run_in_process: Run, tmp_path: Path) -> None:
     base, rows = peft_checks.save_bert(tmp_path / "bert"), peft_checks.labelled_rows(tmp_path / "rows.jsonl")
     done = run_in_process(full, arguments(base, rows, {"full.task_type": "SEQ_CLS"}), tmp_path)
@@ -113,6 +117,7 @@ def test_an_encoder_learns_to_classify(run_in_process: Run, tmp_path: Path) -> N
     assert not [name for name in kept if name.endswith("weight")], "a weight that never moved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_packed_or_not_it_learns_the_same_task(
     run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path, packing: str
@@ -122,6 +127,7 @@ def test_packed_or_not_it_learns_the_same_task(
     assert done.figures["eval_loss"] < 0.4
 
 
+@pytest.mark.slow
 def test_a_stream_is_trained_on_as_it_comes(
     run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +136,7 @@ def test_a_stream_is_trained_on_as_it_comes(
     assert done.figures["eval_loss"] < 0.4
 
 
+@pytest.mark.slow
 def test_compiled_training_compiles_one_shape(
     run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

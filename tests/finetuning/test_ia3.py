@@ -102,6 +102,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     checks.check_resume(ia3, line, run_in_process, tmp_path, trained[0], monkeypatch)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_packing(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_an_adapter_is_not_put_on_another_base(trained: Any) -> None:
     checks.check_other_base_refused(trained[0], LlamaForCausalLM(make_model(make_tokenizer()).config))
 
 
+@pytest.mark.slow
 def test_it_classifies_with_the_library_s_own_targets(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_bert(tmp_path / "bert"), checks.labelled_rows(tmp_path / "rows.jsonl")
     changes = {
@@ -130,6 +132,7 @@ def test_it_classifies_with_the_library_s_own_targets(run_in_process: checks.Run
     checks.check_reloads(done.folder, merged, fresh, INPUTS, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_t5(tmp_path / "t5"), checks.pair_rows(tmp_path / "rows.jsonl")
     changes = {

@@ -144,6 +144,7 @@ def test_merging_that_moves_the_logits_is_not_saved() -> None:
         merge(model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"lora.use_dora": "true"}, {"lora.use_rslora": "true"}, {"lora.bias": "lora_only"}]
 )

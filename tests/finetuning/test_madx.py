@@ -203,6 +203,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     checks.check_resume(madx, line, run_in_process, tmp_path, trained[0], monkeypatch, after=steps)
 
 
+@pytest.mark.slow
 def test_text_and_rows_of_their_own(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:

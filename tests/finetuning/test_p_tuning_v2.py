@@ -192,6 +192,7 @@ def test_columns_are_mapped_and_numbered_tags_get_their_names(tmp_path: Path) ->
 # --------------------------------------------------------------------------------------------------- classification
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_it_classifies(kind: str, run_in_process: checks.Run, chat_model: Path, tmp_path: Path) -> None:
     rows = checks.labelled_rows(tmp_path / "rows.jsonl")
@@ -204,6 +205,7 @@ def test_it_classifies(kind: str, run_in_process: checks.Run, chat_model: Path, 
     assert done.figures["eval_loss"] < done.figures["baseline_loss"] - 0.2
 
 
+@pytest.mark.slow
 def test_an_encoder_labels(run_in_process: checks.Run, words: Path, tmp_path: Path) -> None:
     line = checks.arguments(checks.save_bert(tmp_path / "bert"), words, FEW)
     done = run_in_process(p_tuning_v2, line, tmp_path)
@@ -211,6 +213,7 @@ def test_an_encoder_labels(run_in_process: checks.Run, words: Path, tmp_path: Pa
     assert done.figures["eval_loss"] < done.figures["baseline_loss"] - 0.2
 
 
+@pytest.mark.slow
 def test_a_decoder_answers(run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path) -> None:
     line = checks.arguments(chat_model, questions, FEW, checks.FOUR_STEPS, {"p_tuning_v2.task_type": "CAUSAL_LM"})
     done = run_in_process(p_tuning_v2, line, tmp_path)

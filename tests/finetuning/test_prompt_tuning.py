@@ -241,6 +241,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     checks.check_resume(prompt_tuning, line, run_in_process, tmp_path, trained[0], monkeypatch)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_packing(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_gradient_checkpointing_and_packing(
     checks.check_checkpointing_and_packing(prompt_tuning, line, run_in_process, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_encoder_classifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = prompt_checks.save_louder(checks.save_bert(tmp_path / "bert"))
     rows = checks.labelled_rows(tmp_path / "rows.jsonl")
@@ -273,6 +275,7 @@ def test_an_encoder_classifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_t5(tmp_path / "t5"), checks.pair_rows(tmp_path / "rows.jsonl")
     changes = {"prompt_tuning.task_type": "SEQ_2_SEQ_LM"}

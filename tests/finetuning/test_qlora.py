@@ -130,6 +130,7 @@ def test_the_error_of_requantising_is_that_of_peft_s_own_merge(trained: Any, cha
     assert figures["requantising_error"] == pytest.approx((error / learned) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_paged_optimizer_falls_back_with_a_line(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_resumed_run_ends_with_the_adapter_of_an_uninterrupted_one(
     checks.check_resume(qlora, line, run_in_process, tmp_path, trained[0], monkeypatch)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_packing(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
     return [*command_line(values), *more]
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     done = run_in_process(bert, tiny(sources), tmp_path)
     assert done.code == 0, done.err
@@ -90,6 +91,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
         assert torch.equal(whole(**batch).prediction_logits, cloze(**batch).logits)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The hidden words and the other documents' texts too are those of the run that was not stopped."""
     resumes_to_the_same_losses(bert, tiny(sources, training__max_steps=12, training__save_steps=5))

@@ -86,6 +86,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
         assert not torch.equal(ours(**changed).logits[0, place], logits[0, place])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The corruptions too are those of the run that was not stopped."""
     resumes_to_the_same_losses(glm, tiny(sources, training__max_steps=12, training__save_steps=5))

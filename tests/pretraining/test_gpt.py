@@ -85,6 +85,7 @@ def tiny(sources: Path, variant: str = "gpt2", *more: str, **changes: Any) -> li
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", MODELS)
 def test_it_learns_and_what_it_saves_is_the_librarys(
     run_in_process: Any, sources: Path, tmp_path: Path, variant: str
@@ -124,6 +125,7 @@ def gpt_validation(sources: Path) -> list[str]:
     return [row["text"] for row in load_data(Data(name=str(sources / "text.txt")), "text")["validation"]]
 
 
+@pytest.mark.slow
 def test_gpt1_tunes_each_kind_of_task_with_and_without_the_language_loss(
     run_in_process: Any, sources: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ def test_gpt1_tunes_each_kind_of_task_with_and_without_the_language_loss(
             assert 0 <= done.figures[key] <= 1, key
 
 
+@pytest.mark.slow
 def test_gpt3_is_asked_with_no_one_and_a_few_examples(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     words = {"gpt__in_context": f"{sources}/one.jsonl", "gpt__shots": "[0, 1, 2]", "training__max_steps": 3}
     done = run_in_process(gpt, tiny(sources, "gpt3", **words), tmp_path)
@@ -150,6 +153,7 @@ def test_gpt3_is_asked_with_no_one_and_a_few_examples(run_in_process: Any, sourc
     assert shown.count("Answer: ") == 2 and shown.endswith("Answer:")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_weights(stop_and_resume: Any, sources: Path) -> None:
     short = {"training__max_steps": 12, "training__save_steps": 6}
     whole, _, resumed = stop_and_resume(gpt, tiny(sources, "gpt3", **short), 7)

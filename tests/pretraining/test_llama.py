@@ -75,6 +75,7 @@ def unigram_entropy(text: str) -> float:
     return -sum(n * math.log(n / counts.total()) for n in counts.values()) / counts.total()
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     done = run_in_process(llama, tiny(sources, training__max_steps=40), tmp_path)
     assert done.code == 0, done.err
@@ -100,6 +101,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
     assert model(input_ids=ids, labels=ids).loss.item() < unigram_entropy((sources / "text.txt").read_text())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_weights(stop_and_resume: Any, sources: Path) -> None:
     whole, stopped, resumed = stop_and_resume(llama, tiny(sources, training__max_steps=20), 13)
     assert "SIGINT" in stopped.err and "--run.resume true" in stopped.err and "Traceback" not in stopped.err
@@ -125,6 +127,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(run_in_process: Any, s
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_micro_batches_are_one_batch(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     """Accumulation weighs every token alike, so halves of a batch give the losses of the whole."""
     options = {"training__max_steps": 4, "llama__optimizer": "adamw"}

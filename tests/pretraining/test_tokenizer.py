@@ -250,6 +250,7 @@ def odd_lines(seed: int) -> list[str]:
     return ["".join(rng.choices(parts, k=rng.randint(1, 12))) for _ in range(1500)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_the_fast_sentencepiece_encodes_as_the_library_does(texts, held_out, algorithm):
     model = recipe.train_sentencepiece(texts, SIZE, algorithm)
@@ -365,6 +366,7 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_compares_and_saves(corpus, tmp_path, capsys):
     chats = tmp_path / "chats.jsonl"
     for n in range(40):
@@ -401,6 +403,7 @@ def test_dry_run_writes_nothing(corpus, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

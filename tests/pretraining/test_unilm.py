@@ -47,6 +47,7 @@ def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
     return [*command_line(values), *more]
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     done = run_in_process(unilm, tiny(sources), tmp_path)
     assert done.code == 0, done.err
@@ -82,6 +83,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
         assert not torch.equal(encode(whole, **batch)[0, 9], states[0][0, 9])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The masks, the maskings and the wrong next segments too are those of the run that was not stopped."""
     resumes_to_the_same_losses(unilm, tiny(sources, training__max_steps=12, training__save_steps=5))
