@@ -4,9 +4,10 @@
     make alignment-comparison ARGS="--seeds 1"
     make alignment-comparison ARGS="--model runs/full/default/model"   # another SFT model than the half-trained one
 
-SFT, best-of-n against the reward model, DPO, PPO and GRPO, each by its recipe and its laptop config. Then the scores: the
-share of the builtin tasks' test questions answered exactly right, the learned reward, and the KL from the SFT model. And
-PPO once more with its KL left free: what happens to the true score while the learned reward goes on rising.
+SFT, best-of-n against the reward model, DPO, PPO and GRPO, each by its recipe and its laptop config, on the same training
+prompts (the reward model learns from ranked answers to others). Then the scores: the share of the builtin tasks' test
+questions answered exactly right, the learned reward, and the KL from the SFT model. And PPO once more with its KL left
+free: what happens to the true score while the learned reward goes on rising.
 
 The report is <root>/README.md, the figures <root>/comparison.json; other arguments go to every recipe.
 """
@@ -51,7 +52,8 @@ def plan(root: Path, seeds: int, model: Path | None) -> list[Step]:
     for seed in range(seeds):
         seeded = (*start, "--training.seed", str(seed))
         steps += [
-            Step("dpo", "alignment", "dpo", f"seed{seed}", seeded),
+            # on the prompts of the other two; its laptop config has others
+            Step("dpo", "alignment", "dpo", f"seed{seed}", (*seeded, "--data.name", "tasks")),
             Step("ppo", "alignment", "ppo", f"seed{seed}", (*seeded, *judge)),
             Step("grpo", "alignment", "grpo", f"seed{seed}", seeded),
         ]

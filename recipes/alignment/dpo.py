@@ -199,12 +199,13 @@ def check_settings(config: Config) -> None:
 def make_trainer(
     model: Any, reference: Any, tokenizer: Any, train: list[Row], held_out: list[Row], config: Config
 ) -> DPOTrainer:
-    """trl's DPOTrainer on encoded pairs. `reference` None: the model without its adapter."""
+    """trl's DPOTrainer on encoded pairs. `reference` None: the model without its adapter; UserError if that would learn."""
     import copy
 
     from datasets import Dataset
     from trl import DPOTrainer
 
+    from recipes.common.rlhf import check_adapter_off
     from recipes.common.sft import plain_logits, project_only_labels
 
     class Prepared(DPOTrainer):
@@ -217,11 +218,14 @@ def make_trainer(
     ref_model = (
         None if args.precompute_ref_log_probs else copy.deepcopy(reference) if args.sync_ref_model else reference
     )
+    base = list(model.parameters())
     trainer = Prepared(
         model, ref_model, args=args, processing_class=tokenizer, peft_config=config.lora,
         train_dataset=Dataset.from_list([{c: pair[c] for c in columns} for pair in train]),
         eval_dataset=Dataset.from_list([{c: pair[c] for c in columns} for pair in held_out]),
     )  # fmt: skip
+    if config.lora is not None:
+        check_adapter_off(base, trainer.model, config.lora.bias)
     if args.device.type == "cpu" and plain_logits(trainer.model) and not args.use_weighting:
         for scored in filter(None, (trainer.model, trainer.ref_model)):
             project_only_labels(scored)

@@ -108,9 +108,11 @@ def as_trl(
     function: Any, name: str, tokenizer: PreTrainedTokenizerBase, missing_stop_penalty: float
 ) -> Callable[..., list[float]]:
     """A reward of ours as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
-    answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in samples/."""
+    answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in samples/. Raises
+    UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out without a word."""
     from recipes.common.builtin.tasks import check
     from recipes.common.generation import decode, is_checkable
+    from recipes.common.verifiable_rewards import checked
 
     stop = tokenizer.eos_token_id
 
@@ -123,7 +125,7 @@ def as_trl(
         rows = [{"prompt": p, **{key: values[i] for key, values in kept.items()}} for i, p in enumerate(prompts)]
         ended = [bool(ids) and ids[-1] == stop for ids in completion_ids]
         texts = [decode(tokenizer, ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)]
-        told = [float(value) for value in function(texts, rows)]
+        told = checked(function(texts, rows), len(texts), f"grpo.rewards: {name}")
         if log_metric is not None and is_checkable(rows[0]):
             log_metric("true_score", sum(check(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows))
         values = [value - missing_stop_penalty * (not end) for value, end in zip(told, ended, strict=True)]
@@ -237,9 +239,12 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     run.choose("torch.compile", False, "answers are of every length")
     run.given.add("training.torch_compile")
     args.include_num_input_tokens_seen = "no"  # trl counts them itself, as it answers
+    base = list(model.parameters())
     trainer = GRPOTrainer(
         model, rewards, args=args, train_dataset=train, processing_class=tokenizer, peft_config=config.lora
     )
+    if config.lora is not None:
+        rlhf.check_adapter_off(base, trainer.model, config.lora.bias)
     if args.device.type == "cpu" and sft.plain_logits(model) and args.temperature == 1.0:
         for scored in filter(None, (trainer.model, trainer.ref_model)):
             sft.project_only_labels(scored)

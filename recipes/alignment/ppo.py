@@ -115,28 +115,32 @@ def collect(
     *,
     longest: int,
     seed: int,
+    answers: int = 1,
     oversample: int = 1,
 ) -> Rollout:
-    """Answer the prompts, reward the answers, and read what PPO needs of those that it learns from: one in `oversample`."""
+    """Answer the prompts, reward the answers, and read what PPO needs of those that it learns from: one in `oversample`.
+
+    `answers` prompts next to each other are the same one.
+    """
     from recipes.common.ppo_rollout import answer, most_spread, read
 
     args, keep = config.training, len(prompts) // oversample
-    answers = answer(models, rows, prompts, args, accelerator, longest=longest, at_once=keep, seed=seed)
-    answers.rewards = reward(models, answers, config, accelerator)
+    given = answer(models, rows, prompts, args, accelerator, longest=longest, at_once=keep, seed=seed)
+    given.rewards = reward(models, given, answers, config, accelerator)
     kept = list(range(keep))
     if oversample > 1:
-        kept = most_spread(answers.rewards, config.ppo.answers, keep // config.ppo.answers)
-    return read(models, answers, kept, args, accelerator)
+        kept = most_spread(given.rewards, answers, keep // answers)
+    return read(models, given, kept, answers, args, accelerator)
 
 
-def reward(models: Models, answers: Answers, config: Config, accelerator: Accelerator) -> Tensor:
+def reward(models: Models, answers: Answers, count: int, config: Config, accelerator: Accelerator) -> Tensor:
     """r(x, y), what is maximised, [N]: the model's score, normalised and clipped, and the function's; less for an answer
-    that does not end, and for each token."""
+    that does not end, and for each token. `count` answers next to each other are to one prompt."""
     from recipes.common.ppo_rollout import function_scores, model_scores
 
     ppo, total = config.ppo, answers.rewards  # 0 as yet
     if models.reward_model is not None:
-        scores = model_scores(models, answers, config.training, accelerator)
+        scores = model_scores(models, answers, count, config.training, accelerator)
         total = total + scores.clamp(-ppo.reward_clip, ppo.reward_clip)
     if models.reward_function is not None:
         total = total + function_scores(models, answers)
@@ -167,44 +171,49 @@ def update(
     import torch
 
     from recipes.common import rlhf
+    from recipes.common.shared_prompts import take
 
-    ppo, args, processes = config.ppo, config.training, accelerator.num_processes
+    ppo, args, processes, k = config.ppo, config.training, accelerator.num_processes, rollout.answers
     reduce = (lambda x: accelerator.reduce(x, "sum")) if processes > 1 else None
     mask = rollout.mask.float()  # [B, R]
     rewards = rlhf.token_rewards(
         rollout.rewards, rollout.logprobs, rollout.reference, rollout.mask, beta, ppo.kl_estimator
     )  # [B, R]
     if ppo.critic == "others":  # nothing to fit: the values are 0 and stay 0
-        advantages, returns = rlhf.leave_one_out_advantages(rewards, mask, ppo.answers), rollout.values  # [B, R]
+        advantages, returns = rlhf.leave_one_out_advantages(rewards, mask, k), rollout.values  # [B, R]
     else:
         advantages, returns = rlhf.generalized_advantages(rewards, rollout.values, mask, ppo.gamma, ppo.lam)  # [B, R]
     if ppo.whitening == "global":
         advantages = rlhf.whiten(advantages, mask, reduce=reduce)  # [B, R]
     elif ppo.whitening == "prompt":
-        advantages = rlhf.whiten_groups(advantages, mask, ppo.answers)
+        advantages = rlhf.whiten_groups(advantages, mask, k)
 
+    def theirs(prompts: Tensor) -> Tensor:
+        return (prompts[:, None] * k + torch.arange(k)).flatten()  # which of the B answers are to these prompts
+
+    micro = args.per_device_train_batch_size // k  # prompts
     blocks = iter(text.split(args.per_device_train_batch_size)) if text is not None and not critic_only else None
     generator = torch.Generator().manual_seed(seed)
     seen: list[Tensor] = []  # SEEN of each minibatch
     text_losses: list[Tensor] = []
     ratio_error = 0.0
-    for minibatch in minibatches(len(mask), config, generator):
-        tokens = mask[minibatch].sum()
+    for minibatch in minibatches(len(mask) // k, micro * args.gradient_accumulation_steps, ppo.epochs, generator):
+        tokens = mask[theirs(minibatch)].sum()
         tokens = reduce(tokens) / processes if reduce else tokens  # of a process: DDP averages over the processes
         sums = torch.zeros(len(SEEN), device=mask.device)
-        for rows in minibatch.split(args.per_device_train_batch_size):
+        for prompts in minibatch.split(micro):
+            rows = theirs(prompts)  # [b]
             m = mask[rows]  # [b, R]
             with accelerator.accumulate(models.learner):
                 logprobs, values, entropy, text_loss = models.learner(
-                    rollout.input_ids[rows],
-                    rollout.attention_mask[rows],
-                    rollout.prompt_length,
+                    take(rollout.rows, prompts),
                     with_entropy=ppo.entropy_coefficient > 0,
                     text=next(blocks) if blocks else None,
                 )  # [b, R] each, and []
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
-                loss = ppo.value_coefficient * value + (0 if critic_only else policy)  # [b, R]
+                # 0 times rather than without: DDP waits for a gradient of every weight
+                loss = ppo.value_coefficient * value + (0.0 if critic_only else 1.0) * policy  # [b, R]
                 if entropy is not None and not critic_only:
                     loss = loss - ppo.entropy_coefficient * entropy
                 # the minibatch's mean over tokens: accelerate divides by the accumulation steps, the sum must not be
@@ -238,13 +247,12 @@ def update(
     return figures
 
 
-def minibatches(answers: int, config: Config, generator: Any) -> Iterator[Tensor]:
-    """Rows of each minibatch, pass after pass: first in the order in which `collect` took them, then shuffled."""
+def minibatches(prompts: int, size: int, epochs: int, generator: Any) -> Iterator[Tensor]:
+    """The prompts of each minibatch, pass after pass: first in the order in which `collect` took them, then shuffled."""
     import torch
 
-    size = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
-    for epoch in range(config.ppo.epochs):
-        yield from (torch.randperm(answers, generator=generator) if epoch else torch.arange(answers)).split(size)
+    for epoch in range(epochs):
+        yield from (torch.randperm(prompts, generator=generator) if epoch else torch.arange(prompts)).split(size)
 
 
 # ---------------------------------------------------------------- putting it together
@@ -276,6 +284,11 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
             f"ppo.rollouts: {ppo.rollouts} is not a multiple of the minibatch of {minibatch}: "
             f"per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps} x {processes} process(es)"
+        )
+    if args.per_device_train_batch_size % ppo.answers:
+        problems.append(
+            f"training.per_device_train_batch_size: {args.per_device_train_batch_size} is not a multiple of ppo.answers, "
+            f"{ppo.answers}: all answers to a prompt are in one micro-batch"
         )
     if ppo.rollouts % (ppo.answers * processes):
         problems.append(
@@ -310,14 +323,14 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
 def adapted(policy: PreTrainedModel, config: Config) -> Any:
     """The policy with a fresh adapter. Raises UserError where it would not leave the reference, the rest, as it is."""
     from recipes.common.peft_models import check_targets, with_adapter
-    from recipes.common.rlhf import check_frozen
+    from recipes.common.rlhf import check_adapter_off
 
     assert config.lora is not None
     check_targets(policy, config.lora.target_modules, "lora")
     config.lora.task_type = config.lora.task_type or "CAUSAL_LM"
     base = list(policy.parameters())
     wrapped = with_adapter(policy, config.lora)
-    check_frozen(base, wrapped, f"lora.bias: {config.lora.bias} makes weights of the model itself learn; use none")
+    check_adapter_off(base, wrapped, config.lora.bias)
     if config.training.gradient_checkpointing:
         wrapped.enable_input_require_grads()  # a frozen embedding gives the checkpointed layers nothing to differentiate
     return wrapped
@@ -481,18 +494,20 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         seed = args.seed + processes * step + rank
         rollout = answer(
             rows.select(chosen).to_list(), [prompts[i] for i in chosen],
-            longest=ppo.max_new_tokens, seed=seed, oversample=ppo.oversample,
+            longest=ppo.max_new_tokens, seed=seed, answers=ppo.answers, oversample=ppo.oversample,
         )  # fmt: skip
         blocks = None
         if text is not None:
             mine = ppo_rollout.rows_of_step(step, ppo.epochs * ppo.rollouts, len(text), args.seed)[rank::processes]
             blocks = text[mine].to(accelerator.device)
-        figures = update(
-            models, optimizer, rollout, beta.value, config, accelerator,
-            seed=seed, critic_only=step < ppo.critic_warmup, text=blocks,
-        )  # fmt: skip
-
         answers, mask = rollout.all, rollout.mask.float()
+        with ppo_rollout.timed(answers.seconds, "train"):
+            figures = update(
+                models, optimizer, rollout, beta.value, config, accelerator,
+                seed=seed, critic_only=step < ppo.critic_warmup, text=blocks,
+            )  # fmt: skip
+        figures |= {f"{part}_seconds": seconds for part, seconds in answers.seconds.items()}
+
         kl, kl_k3 = (rlhf.kl_estimate(rollout.logprobs, rollout.reference, kind) * mask for kind in ("k1", "k3"))
         seen = {
             "reward": answers.rewards.mean(),  # of all answers, not only those that are learned from
@@ -512,7 +527,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         scheduler.step()
         if step % max(1, steps // 8) == 0:
             run.sample(f"step_{step + 1:05d}.txt", ppo_measure.sampled(rollout))
-        loop.log(figures.pop("loss"), rollout.input_ids.numel(), **figures)
+        loop.log(figures.pop("loss"), int((rollout.rows.branch >= 0).sum()), **figures)
 
     after, answers_after = measure()
     save(models, batch, run, accelerator)

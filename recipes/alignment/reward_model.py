@@ -3,11 +3,14 @@
     loss = - 1/C(K,2)  E  log sigmoid(r(x, y_w) - r(x, y_l))        InstructGPT eq. (1)
 
 over all pairs (y_w better than y_l) of the K ranked answers to a prompt x. All K of a prompt are one batch element: one
-forward an answer serves its K - 1 pairs, and pairs of one prompt do not overfit as they do when shuffled apart. Plain
-pairs are K = 2. The score is read at the answer's last token, which is the stop token.
+forward an answer serves its K - 1 pairs, pairs of one prompt do not overfit as they do when shuffled apart, and the prompt
+is read once for all of them (recipes/common/shared_prompts.py). Plain pairs are K = 2. The score is read at the answer's
+last token, which is the stop token.
 
-A small model loses what it knows about answers while it is bent to score them. Three things keep it: its lowest layers
-can stay frozen, fresh layers can be put on top of its own, and it can go on predicting the best answers' tokens (GRM).
+A small model loses what it knows about answers while it is bent to score them. Four things keep it: its lowest layers
+can stay frozen, fresh layers can be put on top of its own, it can go on predicting the best answers' tokens (GRM), and a
+probe, thrown away afterwards, can ask at every token how likely the answer is so far. The likelihood is what a language
+model knows about an answer, and no hidden state holds it: the fresh layers learn to compare what was expected with what came.
 
 Three more, all off by default, are about what the scores are to look like:
 
@@ -47,6 +50,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+    from recipes.common.shared_prompts import Rows
+
+
+LEAST_LIKELY = -10.0  # nats: how much less likely an answer is than this is no matter
+
 
 @dataclass
 class Reward:
@@ -59,6 +67,7 @@ class Reward:
     new_layers: NonNegativeInt = 0  # fresh layers on top of the model's own
     frozen_layers: NonNegativeInt = 0  # lowest layers that stay as they are
     language_coefficient: NonNegativeFloat = 0.0  # weight of the language-model loss on the best answers (GRM)
+    likelihood_coefficient: NonNegativeFloat = 0.0  # weight of telling each answer's log-likelihood as it goes on
     margin: NonNegativeFloat = 0.0  # m for one rank between two answers (Llama 2: 1/3, or 1 where it is to tell more)
     centering_coefficient: NonNegativeFloat = 0.0  # weight of a pair's (r_w + r_l)^2 (TRL: 0.01)
     balance_lengths: bool = False  # weigh the pairs so that length alone does not tell the better one
@@ -168,22 +177,19 @@ def demonstrations(data: Data, tokenizer: Any, config: Config, run: RunFolder) -
 
 
 def collate(rows: list[dict[str, Any]], fill: int) -> dict[str, torch.Tensor]:
-    """B prompts -> one batch of N = sum of their K sequences: input_ids, attention_mask [N, L]; ranks, group, start [N].
+    """B prompts with their K answers each, a row a prompt: the fields of `shared_prompts.Rows`, and `ranks` [B, K].
 
-    `group` says which prompt a sequence answers, `start` where its answer begins.
+    A prompt of fewer answers than another has rank -1 where it has none. The stop token is an answer's last.
     """
     import torch
 
-    from recipes.common.rlhf import pad
+    from recipes.common.shared_prompts import share
 
-    ids, mask = pad([sequence for row in rows for sequence in row["sequences"]], fill, "right")
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
-        "group": torch.tensor([i for i, row in enumerate(rows) for _ in row["ranks"]]),
-        "start": torch.tensor([row["start"] for row in rows for _ in row["ranks"]]),
-    }
+    prompts = [row["sequences"][0][: row["start"]] for row in rows]
+    answers = [[sequence[row["start"] :] for sequence in row["sequences"]] for row in rows]
+    ranks = [torch.tensor(row["ranks"]) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(ranks, batch_first=True, padding_value=-1)
+    return {**share(prompts, answers, fill)._asdict(), "ranks": padded}
 
 
 # ---------------------------------------------------------------- model
@@ -224,19 +230,37 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def language_loss(hidden: Tensor, batch: dict[str, Tensor], table: Tensor) -> Tensor:
-    """- mean log p(y_t | x, y_<t) over the tokens of the best-ranked answers, stop token included.
+def answer_logprobs(states: Tensor, rows: Rows, table: Tensor) -> Tensor:
+    """log p(y_t | x, y_<t) of every answer token, [B, K, R], 0 on padding.
 
-    hidden [N, L, H]; the batch of `collate`; table [V, H], the word embeddings, which are the output head too.
+    states [B, L, H]; table [V, H], the word embeddings, which are the output head too.
+    """
+    import torch
+
+    from recipes.common.rlhf import token_logprobs
+    from recipes.common.shared_prompts import at_columns
+
+    real = rows.mask.bool()
+    before = at_columns(states, rows.before)[real]  # [T, H]
+    told = token_logprobs(before @ table.T.to(before.dtype), at_columns(rows.input_ids, rows.at)[real])  # [T]
+    return torch.zeros(real.shape, device=told.device).masked_scatter(real, told)
+
+
+def likelihood_loss(model: Any, states: Tensor, logprobs: Tensor, rows: Rows) -> Tensor:
+    """How far the probe, at each answer token, is from the log-likelihood of the answer so far: [B, K, R] -> [].
+
+    The likelihood is told, not taught: no gradient flows into it.
     """
     import torch
     import torch.nn.functional as F
 
-    ids = batch["input_ids"]
-    place = torch.arange(1, ids.shape[1], device=ids.device)  # of the token that is predicted
-    answer = (place >= batch["start"][:, None]) & batch["attention_mask"][:, 1:].bool()  # [N, L-1]
-    answer &= (batch["ranks"] == 0)[:, None]
-    return F.cross_entropy((hidden[:, :-1][answer] @ table.T.to(hidden.dtype)).float(), ids[:, 1:][answer])
+    from recipes.common.shared_prompts import at_columns
+
+    real = rows.mask.bool()
+    so_far = logprobs.detach().cumsum(dim=2).clamp(min=LEAST_LIKELY)
+    with torch.autocast(states.device.type, enabled=False):
+        said = model.likelihood(at_columns(states, rows.at)[real].float()).squeeze(-1)  # [T]
+    return F.smooth_l1_loss(said, so_far[real])
 
 
 # ---------------------------------------------------------------- training
@@ -249,7 +273,8 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     from recipes.common.preferences import length_balance, ranking_figures
-    from recipes.common.rlhf import centering_loss, ranking_loss
+    from recipes.common.rlhf import answer_scores, centering_loss, ranking_loss
+    from recipes.common.shared_prompts import Rows, attention_mask
 
     knobs = config.reward
     tilt, scale = length_balance(train) if knobs.balance_lengths else (0.0, 1.0)
@@ -278,28 +303,38 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
             return ByLength()
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
-            ranks, group = inputs["ranks"], inputs["group"]  # [N]
+            rows, ranks = Rows(**{name: inputs[name] for name in Rows._fields}), inputs["ranks"]
             told = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=rows.input_ids,
+                attention_mask=attention_mask(rows.branch, self.model.config),
+                position_ids=rows.position_ids,
                 use_cache=False,
-                output_hidden_states=knobs.language_coefficient > 0,
+                output_hidden_states=True,
             )
-            scores = told.logits.squeeze(-1)  # [N]
+            states = told.hidden_states[-1]  # [B, L, H]
+            there = ranks >= 0  # [B, K]
+            scores, ranks_of, group = (
+                answer_scores(self.model, states, rows)[there],
+                ranks[there],
+                there.nonzero()[:, 0],
+            )  # [N]
             with torch.no_grad():
-                pair = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])  # [N, N]
+                pair = (group[:, None] == group[None, :]) & (ranks_of[:, None] < ranks_of[None, :])  # [N, N]
                 difference = (scores[:, None] - scores[None, :])[pair]
                 self.accuracies.append(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
             weights = None
             if knobs.balance_lengths:
-                lengths = inputs["attention_mask"].sum(dim=1)  # [N]; a prompt's answers share its prompt
+                lengths = rows.mask.sum(dim=2)[there]  # [N]; a prompt's answers share its prompt
                 weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))  # [N, N]
-            loss = ranking_loss(scores, ranks, group, knobs.margin, weights)
+            loss = ranking_loss(scores, ranks_of, group, knobs.margin, weights)
             if knobs.centering_coefficient:
-                loss = loss + knobs.centering_coefficient * centering_loss(scores, ranks, group)
-            if knobs.language_coefficient:
-                table = self.model.get_input_embeddings().weight
-                loss = loss + knobs.language_coefficient * language_loss(told.hidden_states[-1], inputs, table)
+                loss = loss + knobs.centering_coefficient * centering_loss(scores, ranks_of, group)
+            if knobs.language_coefficient or knobs.likelihood_coefficient:
+                logprobs = answer_logprobs(states, rows, self.model.get_input_embeddings().weight)  # [B, K, R]
+                best = rows.mask.bool() & (ranks == 0)[:, :, None]
+                loss = loss - knobs.language_coefficient * logprobs[best].mean()
+            if knobs.likelihood_coefficient:
+                loss = loss + knobs.likelihood_coefficient * likelihood_loss(self.model, states, logprobs, rows)
             return (loss, {"scores": scores}) if return_outputs else loss
 
         def log(self, logs, start_time=None):  # type: ignore[no-untyped-def]
@@ -405,6 +440,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     import math
 
     import numpy as np
+    import torch
     from datasets import concatenate_datasets
     from transformers import AutoModelForSequenceClassification
 
@@ -433,13 +469,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         raise UserError(
             f"model.name: {type(model).__name__} has no `score` head on its last token: give a decoder-only model"
         )
-    if config.reward.language_coefficient and not model.config.tie_word_embeddings:
+    knobs = config.reward
+    if (knobs.language_coefficient or knobs.likelihood_coefficient) and not model.config.tie_word_embeddings:
+        name = "language" if knobs.language_coefficient else "likelihood"
         raise UserError(
-            "reward.language_coefficient: the output head of this model is not its word embeddings, and a "
+            f"reward.{name}_coefficient: the output head of this model is not its word embeddings, and a "
             "sequence-classification model does not have it: use 0"
         )
     freeze(model, config.reward.frozen_layers)
     grow(model, config.reward.new_layers)
+    if knobs.likelihood_coefficient:
+        model.likelihood = torch.nn.Linear(model.config.hidden_size, 1)
     keep_head_in_full_precision(model)
     disable_dropout(model)  # answers of one prompt are compared with each other: noise between them is not wanted
 
@@ -473,6 +513,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     if config.reward.optimizer == "muon":
         trainer.optimizer = muon_with_adamw(model, args, config.reward.muon_learning_rate)
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    if knobs.likelihood_coefficient:
+        del model.likelihood  # it was there to teach
     scores = score_all(model, held_out, tokenizer, config)
     figures = ranking_figures(scores, held_out)
     if sampled_held_out is not None:

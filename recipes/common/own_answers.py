@@ -61,19 +61,41 @@ def checker_scores(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> lis
     return [[float(check(row, text)) for text in some] for row, some in zip(rows, answers, strict=True)]
 
 
+PROBE = [  # a conversation with words, digits, signs and another script
+    {"role": "user", "content": "Add 17 and 2.5, please!\n你好"},
+    {"role": "assistant", "content": "It's 19.5 (unfortunately)."},
+]
+
+
+def written(tokenizer: PreTrainedTokenizerBase, by_template: bool) -> list[int]:
+    """The ids of a conversation as the chat template writes it, or of its words alone."""
+    if by_template:
+        return tokenizer.apply_chat_template(PROBE, return_dict=False)  # type: ignore[return-value]
+    return [token for turn in PROBE for token in tokenizer(turn["content"])["input_ids"]]
+
+
 def load_reward_model(
     name: str, model: Model, tokenizer: PreTrainedTokenizerBase, run: RunFolder, key: str
 ) -> PreTrainedModel:
-    """A reward model that reads the tokens which the policy writes. Raises UserError if `name`, given as `key`, is none."""
+    """A reward model that reads the tokens which the policy writes. Raises UserError if `name`, given as `key`, is none,
+    or if its own tokenizer writes a conversation in other tokens: another vocabulary, other merges, another template."""
     from transformers import AutoModelForSequenceClassification
 
     from recipes.common.models import load_model, load_tokenizer
 
     section = Model(name=name, dtype=model.dtype, attention=model.attention)
-    if load_tokenizer(section, run).get_vocab() != tokenizer.get_vocab():
+    own = load_tokenizer(section, run)
+    if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{key}: {name} has another tokenizer than the policy {model.name}, so it would score other text than was "
             "written; train one from the same base (recipes/alignment/reward_model.py)"
+        )
+    by_template = bool(own.chat_template)  # a reward model without one is asked by the policy's
+    if written(own, by_template) != written(tokenizer, by_template):
+        raise UserError(
+            f"{key}: {name} has the vocabulary of the policy {model.name} and writes the same conversation in other tokens "
+            "(another chat template, or other merges), so it would score what it was never trained on; train one from "
+            "the same base, or give the policy its template (model.chat_template)"
         )
     made = load_model(section, tokenizer, run, auto_class=AutoModelForSequenceClassification)
     if made.config.num_labels != 1 or not hasattr(made, "score"):
@@ -93,12 +115,14 @@ def reward_scores(
     *,
     bf16: bool = False,
 ) -> list[list[float]]:
-    """The reward model's score of each answer of each row, in its standard deviations above a good held-out answer."""
-    import torch
+    """The reward model's score of each answer of each row, in its standard deviations above a good held-out answer.
 
+    Raises UserError for nan or inf.
+    """
     from recipes.common.chat import encode_plain
     from recipes.common.generation import inference, prompt_ids, prompt_of
     from recipes.common.rlhf import pad, sequence_scores
+    from recipes.common.verifiable_rewards import checked
 
     prompts = prompt_ids(tokenizer, [prompt_of(row) for row in rows])
     flat = [
@@ -115,9 +139,6 @@ def reward_scores(
             chunk = flat[start : start + batch_size]
             ids, mask = pad([sequence for _, _, sequence in chunk], tokenizer.pad_token_id, "right")  # type: ignore[arg-type]
             told = sequence_scores(reward_model, ids.to(reward_model.device), mask.to(reward_model.device))
-            bad = told[~torch.isfinite(told)]
-            if len(bad):
-                raise UserError(f"the reward model gave an answer the score {bad[0].item()}")
-            for (i, k, _), score in zip(chunk, told.tolist(), strict=True):
+            for (i, k, _), score in zip(chunk, checked(told.tolist(), len(chunk), "the reward model"), strict=True):
                 scores[i][k] = (score - mean) / std
     return scores

@@ -66,7 +66,7 @@ def text_loss(models: Models, text: Tensor, args: TrainingArguments, accelerator
 
 
 def draw(run: RunFolder, learned: bool) -> None:
-    """Reward beside true score, the frontier of reward and KL, and the health of policy and critic.
+    """Reward beside true score, the frontier of reward and KL, the health of policy and critic, and where the time goes.
 
     learned: whether the true score is something else than what is maximised
     """
@@ -100,6 +100,34 @@ def draw(run: RunFolder, learned: bool) -> None:
     if history[-1].get("informative") is not None:
         run.plot_curve("groups", "informative", label="prompts whose answers got different rewards")
     run.plot_curve("policy", "entropy", "clip_fraction", "update_kl")
+    spent = seconds_of(history)
+    if len(spent) > 1:
+        run.plot("time", lambda axes: time_bars(axes, spent))
+
+
+PARTS = {  # of a step, in its order
+    "rollout": "answering",
+    "score": "scoring the answers",
+    "read": "log-probabilities, values",
+    "train": "learning",
+}
+
+
+def seconds_of(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds a step of each of PARTS that was timed; the first step, which warms up, is left out if there are more."""
+    rows = history[1:] or history
+    timed = [part for part in PARTS if all(row.get(f"{part}_seconds") is not None for row in rows)]
+    return {part: sum(row[f"{part}_seconds"] for row in rows) / len(rows) for part in timed}
+
+
+def time_bars(axes: Any, spent: dict[str, float]) -> None:
+    """Where a step's time goes."""
+    whole = sum(spent.values())
+    bars = axes.barh([PARTS[part] for part in spent], list(spent.values()), color="C0")
+    axes.bar_label(bars, [f"{value:.2f} s, {value / whole:.0%}" for value in spent.values()], padding=4)
+    axes.set_xlim(0, 1.25 * max(spent.values()))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step, mean over the run")
 
 
 def sampled(rollout: Rollout, count: int = 20) -> str:

@@ -10,12 +10,11 @@ The objective and the loop are in recipes/alignment/ppo.py.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from recipes.common.rlhf import ActorCritic
+    from recipes.common.shared_prompts import Rows
 
 Row = dict[str, Any]
 
@@ -50,15 +50,15 @@ class Answers:
     stopped: Tensor  # [N], whether it ended, or ran out of tokens
     lengths: Tensor  # [N], in tokens
     rewards: Tensor  # [N], what is maximised
+    seconds: dict[str, float] = field(default_factory=dict)  # that it took: rollout, score, read
 
 
 @dataclass
 class Rollout:
-    """The B answers that are learned from. P: tokens of the longest prompt, R: of the longest answer."""
+    """The B answers that are learned from. R: tokens of the longest one."""
 
-    input_ids: Tensor  # [B, P+R], prompts padded on the left, answers on the right
-    attention_mask: Tensor  # [B, P+R], 1 on real tokens
-    prompt_length: int  # P
+    rows: Rows  # their prompts, each with its answers behind it
+    answers: int  # to each prompt: K; the answers 0 to K - 1 are to the first
     mask: Tensor  # [B, R], 1 on an answer's real tokens, its stop token included
     logprobs: Tensor  # [B, R], under the policy that answered, pi_old
     reference: Tensor  # [B, R], under the reference
@@ -67,6 +67,18 @@ class Rollout:
     rewards: Tensor  # [B]
     all: Answers  # those that are not learned from, too
     kept: list[int]  # which of them these are
+
+
+@contextmanager
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Adds the wall time of its body to seconds[what]."""
+    import torch
+
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what was asked of it is done, too
+    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
 
 
 # ---------------------------------------------------------------- answers
@@ -89,14 +101,16 @@ def answer(
     from recipes.common.generation import generate_ids
 
     stop, fill = models.tokenizer.eos_token_id, models.tokenizer.pad_token_id
-    if models.engine is not None:
-        ids = answer_with_vllm(models.engine, prompts, longest, stop)  # type: ignore[arg-type]
-    else:
-        with whole_policy(models.learner, accelerator) as policy:
-            ids = generate_ids(
-                policy, prompts, stop=[stop], pad=fill, max_new_tokens=longest, batch_size=at_once,  # type: ignore[list-item,arg-type]
-                temperature=1.0, seed=seed, bf16=args.bf16,
-            )  # fmt: skip
+    seconds: dict[str, float] = {}
+    with timed(seconds, "rollout"):
+        if models.engine is not None:
+            ids = answer_with_vllm(models.engine, prompts, longest, stop)  # type: ignore[arg-type]
+        else:
+            with whole_policy(models.learner, accelerator) as policy:
+                ids = generate_ids(
+                    policy, prompts, stop=[stop], pad=fill, max_new_tokens=longest, batch_size=at_once,  # type: ignore[list-item,arg-type]
+                    temperature=1.0, seed=seed, bf16=args.bf16,
+                )  # fmt: skip
     device = accelerator.device
     return Answers(
         rows=rows,
@@ -106,6 +120,7 @@ def answer(
         stopped=torch.tensor([one[-1] == stop for one in ids], device=device),
         lengths=torch.tensor([float(len(one)) for one in ids], device=device),
         rewards=torch.zeros(len(ids), device=device),
+        seconds=seconds,
     )
 
 
@@ -148,56 +163,48 @@ def answer_with_vllm(engine: Any, prompts: list[list[int]], longest: int, stop: 
 # ---------------------------------------------------------------- rewards
 
 
-def padded(models: Models, answers: Answers, rows: list[int], device: Any) -> tuple[Tensor, Tensor, Tensor, int]:
-    """input_ids and attention_mask [B, P+R], the answers' mask [B, R], and P, of some of the answers."""
+def rows_of(models: Models, answers: Answers, chosen: list[int], count: int, device: Any) -> Rows:
+    """Some of the answers as rows, a prompt with `count` of them a row; those of one prompt stand next to each other."""
+    from recipes.common.shared_prompts import Rows, share
+
+    prompts = [answers.prompts[i] for i in chosen[::count]]
+    theirs = [[answers.ids[i] for i in chosen[start : start + count]] for start in range(0, len(chosen), count)]
+    return Rows(*(field.to(device) for field in share(prompts, theirs, models.tokenizer.pad_token_id)))  # type: ignore[arg-type]
+
+
+def model_scores(
+    models: Models, answers: Answers, count: int, args: TrainingArguments, accelerator: Accelerator
+) -> Tensor:
+    """The reward model's scores, [N], in its standard deviations above a good held-out answer. UserError for nan or inf.
+
+    count: answers to each prompt, which stand next to each other
+    """
     import torch
 
-    from recipes.common.rlhf import pad
-
-    fill: Any = models.tokenizer.pad_token_id
-    left, left_mask = pad([answers.prompts[i] for i in rows], fill, "left")  # [B, P]
-    right, mask = pad([answers.ids[i] for i in rows], fill, "right")  # [B, R]
-    ids, attention = torch.cat([left, right], dim=1), torch.cat([left_mask, mask], dim=1)
-    return ids.to(device), attention.to(device), mask.to(device), left.shape[1]
-
-
-def model_scores(models: Models, answers: Answers, args: TrainingArguments, accelerator: Accelerator) -> Tensor:
-    """The reward model's scores, [N], in its standard deviations above a good held-out answer. UserError for nan or inf."""
-    import torch
-
-    from recipes.common.rlhf import sequence_scores
+    from recipes.common.rlhf import answer_scores, shared_states
+    from recipes.common.shared_prompts import take
+    from recipes.common.verifiable_rewards import checked
 
     assert models.reward_model is not None
-    everyone = list(range(len(answers.ids)))
-    ids, attention, _, _ = padded(models, answers, everyone, accelerator.device)
-    with torch.no_grad(), accelerator.autocast():
-        scores = torch.cat(
-            [
-                sequence_scores(models.reward_model, ids[rows], attention[rows])
-                for rows in torch.arange(len(ids)).split(args.per_device_train_batch_size)
-            ]
-        )
-    finite(scores, "ppo.reward_model: it")
+    with timed(answers.seconds, "score"), torch.no_grad(), accelerator.autocast():
+        rows, parts = rows_of(models, answers, list(range(len(answers.ids))), count, accelerator.device), []
+        for chosen in torch.arange(len(rows.input_ids)).split(max(1, args.per_device_train_batch_size // count)):
+            some = take(rows, chosen)
+            parts.append(answer_scores(models.reward_model, shared_states(models.reward_model, some), some).flatten())
+        scores = torch.cat(parts)
+        checked(scores.tolist(), len(scores), "ppo.reward_model")
     scale = models.reward_model.config
     return (scores - getattr(scale, "reward_mean", 0.0)) / getattr(scale, "reward_std", 1.0)
 
 
 def function_scores(models: Models, answers: Answers) -> Tensor:
     """What the reward function says of each answer, [N]. UserError for nan, inf, or another number of them."""
+    from recipes.common.verifiable_rewards import checked
+
     assert models.reward_function is not None
-    told = list(models.reward_function(answers.texts, answers.rows))
-    if len(told) != len(answers.texts):
-        raise UserError(f"ppo.reward_function: it gave {len(told)} numbers for {len(answers.texts)} answers")
-    scores = answers.rewards.new_tensor([float(score) for score in told])
-    finite(scores, "ppo.reward_function: it")
-    return scores
-
-
-def finite(scores: Tensor, who: str) -> None:
-    """Raise UserError for the first score that is not a number."""
-    bad = scores[~scores.isfinite()]
-    if len(bad):
-        raise UserError(f"{who} gave an answer the score {bad[0].item()}")
+    with timed(answers.seconds, "score"):
+        told = models.reward_function(answers.texts, answers.rows)
+    return answers.rewards.new_tensor(checked(told, len(answers.texts), "ppo.reward_function"))
 
 
 def spread_of(rewards: Tensor, answers: int) -> Tensor:
@@ -220,9 +227,9 @@ def most_spread(rewards: Tensor, answers: int, count: int) -> list[int]:
 
 
 def read(
-    models: Models, answers: Answers, kept: list[int], args: TrainingArguments, accelerator: Accelerator
+    models: Models, answers: Answers, kept: list[int], count: int, args: TrainingArguments, accelerator: Accelerator
 ) -> Rollout:
-    """All that PPO needs of the answers that are kept.
+    """All that PPO needs of the answers that are kept, `count` to each prompt.
 
     The log-probabilities are not those of `generate` but of the forward that training runs, on the rows and in the
     shapes of the first pass's minibatches: so the first minibatch's ratio is exactly 1, also in bf16.
@@ -230,22 +237,22 @@ def read(
     import torch
 
     from recipes.common.policy_figures import start_model
-    from recipes.common.rlhf import response_logits, token_logprobs
+    from recipes.common.rlhf import answers_told
+    from recipes.common.shared_prompts import take
 
-    ids, attention, mask, length = padded(models, answers, kept, accelerator.device)
-    parts = []
-    with torch.no_grad(), accelerator.autocast():
-        for rows in torch.arange(len(ids)).split(args.per_device_train_batch_size):
-            told = models.learner(ids[rows], attention[rows], length, with_entropy=True)
+    rows, parts = rows_of(models, answers, kept, count, accelerator.device), []
+    with timed(answers.seconds, "read"), torch.no_grad(), accelerator.autocast():
+        for chosen in torch.arange(len(rows.input_ids)).split(max(1, args.per_device_train_batch_size // count)):
+            some = take(rows, chosen)
+            told = models.learner(some, with_entropy=True)
             with start_model(accelerator.unwrap_model(models.learner).policy, models.reference) as reference:
-                logits = response_logits(reference, ids[rows], attention[rows], length).logits
-            parts.append((told.logprobs, token_logprobs(logits, ids[rows, length:]), told.values, told.entropy))
+                _, logprobs, _ = answers_told(reference, some)
+            parts.append((told.logprobs, logprobs.flatten(0, 1), told.values, told.entropy))
     logprobs, reference, values, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return Rollout(
-        input_ids=ids,
-        attention_mask=attention,
-        prompt_length=length,
-        mask=mask,
+        rows=rows,
+        answers=count,
+        mask=rows.mask.flatten(0, 1),
         logprobs=logprobs,
         reference=reference,
         values=values,

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.common.errors import UserError
+from recipes.common.shared_prompts import Rows, at_columns, attention_mask, last_column
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +158,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str = "k1") -> Tensor
 
     k1 = d                    unbiased, high variance, may be negative
     k2 = d^2 / 2              biased, low variance
-    k3 = exp(-d) - 1 + d      unbiased, low variance, never negative
+    k3 = exp(-d) - 1 + d      unbiased, never negative, low variance while the two are close
     """
     d = logprobs - reference
     if kind == "k1":
@@ -320,6 +321,22 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     return score_head(model, states[torch.arange(len(states), device=states.device), last_real_token(attention_mask)])
 
 
+def shared_states(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """Last hidden states [B, L, H] of a sequence-classification model's backbone on shared rows."""
+    backbone = getattr(model, model.base_model_prefix)
+    return backbone(
+        rows.input_ids,
+        attention_mask=attention_mask(rows.branch, model.config),
+        position_ids=rows.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def answer_scores(model: Any, states: Tensor, rows: Rows) -> Tensor:
+    """The score of each answer, read at its last token: last hidden states [B, L, H] -> [B, K] in fp32."""
+    return score_head(model, at_columns(states, last_column(rows)[:, :, None]).squeeze(2))
+
+
 def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """What the score would be, were each token the last: [B, L] -> [B, L]. Only the last one was ever trained."""
     return score_head(model, backbone_states(model, input_ids, attention_mask))
@@ -362,6 +379,28 @@ def response_logits(
     )
 
 
+def answers_told(model: Any, rows: Rows, with_entropy: bool = False, **options: Any) -> tuple[Any, Tensor, Any]:
+    """A causal model's output on shared rows, the log-probability of every answer token, [B, K, R], and, if asked for, the
+    entropy of the distribution that it was drawn from, [B, K, R].
+
+    Only the columns from the prompts' last on reach the vocabulary. On padding the figures mean nothing.
+    """
+    first = int(rows.before.min())  # the column of the prompts' last token
+    out = model(
+        input_ids=rows.input_ids,
+        attention_mask=attention_mask(rows.branch, model.config),
+        position_ids=rows.position_ids,
+        logits_to_keep=rows.input_ids.shape[1] - first,
+        use_cache=False,
+        **options,
+    )
+    logits, before = out.logits.float(), rows.before - first  # [B, C, V]
+    tokens = at_columns(rows.input_ids, rows.at)  # [B, K, R]
+    prompt = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+    logprobs = logits[prompt, before, tokens] - at_columns(logits.logsumexp(dim=-1), before)
+    return out, logprobs, at_columns(token_entropy(logits), before) if with_entropy else None
+
+
 def next_token_loss(model: nn.Module, text: Tensor) -> Tensor:
     """- mean log p(x_t | x_<t) of blocks of plain text, [T, S] -> []: the pretraining term of InstructGPT eq. (2)."""
     logits = model(input_ids=text, use_cache=False).logits[:, :-1]  # [T, S-1, V]
@@ -377,12 +416,20 @@ def check_frozen(parameters: Sequence[nn.Parameter], learner: nn.Module, why: st
         )
 
 
-class Told(NamedTuple):
-    """What policy and critic say of B responses."""
+def check_adapter_off(base: Sequence[nn.Parameter], adapted: nn.Module, bias: str) -> None:
+    """Raise UserError where the model without its adapter, `base`, which is to be the reference, would learn as well.
 
-    logprobs: Tensor  # [B, R], log pi of each token
-    values: Tensor  # [B, R], the critic's value before it
-    entropy: Tensor | None  # [B, R], if asked for
+    peft trains the model's own biases where lora.bias asks for it, and switching the adapter off does not put them back.
+    """
+    check_frozen(base, adapted, f"lora.bias: {bias} makes weights of the model itself learn; use none")
+
+
+class Told(NamedTuple):
+    """What policy and critic say of N answers."""
+
+    logprobs: Tensor  # [N, R], log pi of each token
+    values: Tensor  # [N, R], the critic's value before it
+    entropy: Tensor | None  # [N, R], if asked for
     text_loss: Tensor | None  # [], of the plain text, if there is any
 
 
@@ -410,25 +457,21 @@ class ActorCritic(nn.Module):
         """The policy's; DeepSpeed and our preflight look for it."""
         return self.policy.config
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_length: int,
-        with_entropy: bool = False,
-        text: Tensor | None = None,
-    ) -> Told:
-        """[B, P+R] -> log-probabilities and values, [B, R]; `text` [T, S] goes through the same forward, as DDP wants it."""
-        out = response_logits(
-            self.policy, input_ids, attention_mask, prompt_length, output_hidden_states=self.critic is None
-        )
-        logprobs = token_logprobs(out.logits, input_ids[:, prompt_length:])
-        entropy = token_entropy(out.logits) if with_entropy else None
+    def forward(self, rows: Rows, with_entropy: bool = False, text: Tensor | None = None) -> Told:
+        """Log-probabilities and values of N = B K answers, [N, R]; `text` [T, S] goes through the same forward, as DDP wants it."""
+        out, logprobs, entropy = answers_told(
+            self.policy, rows, with_entropy, output_hidden_states=self.critic is None
+        )  # [B, K, R]
         if self.critic is None:
-            states = out.hidden_states[-1][:, prompt_length - 1 :]  # [B, R, H]
+            states = at_columns(out.hidden_states[-1], rows.before)  # [B, K, R, H]
             with torch.autocast(states.device.type, enabled=False):
                 values = self.head(states.float()).squeeze(-1)
         else:
-            states = backbone_states(self.critic, input_ids[:, :-1], attention_mask[:, :-1])[:, prompt_length - 1 :]
+            states = at_columns(shared_states(self.critic, rows), rows.before)
             values = (score_head(self.critic, states) - self.mean) / self.std
-        return Told(logprobs, values, entropy, None if text is None else next_token_loss(self.policy, text))
+        return Told(
+            logprobs.flatten(0, 1),
+            values.flatten(0, 1),
+            entropy.flatten(0, 1) if with_entropy else None,
+            None if text is None else next_token_loss(self.policy, text),
+        )

@@ -8,6 +8,7 @@ module:function one of your own, on Python's path: function(answers: list[str], 
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,3 +63,16 @@ def find(name: str, columns: Sequence[str]) -> Reward:
         return getattr(importlib.import_module(module), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"the reward {name} cannot be imported: {error}") from error
+
+
+def checked(told: Sequence[float], count: int, key: str) -> list[float]:
+    """What a reward, given as `key`, says of `count` answers. Raises UserError unless it is `count` finite numbers."""
+    try:
+        scores = [float(score) for score in told]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: it gave something else than a list of numbers: {error}") from error
+    if len(scores) != count:
+        raise UserError(f"{key}: it gave {len(scores)} numbers for {count} answers")
+    if bad := [score for score in scores if not math.isfinite(score)]:
+        raise UserError(f"{key}: it gave an answer the score {bad[0]}")
+    return scores

@@ -219,6 +219,50 @@ def test_the_reference_is_the_policy_without_its_adapter(tiny, tmp_path):
     torch.testing.assert_close(setup.loss(), -F.logsigmoid(0.3 * margin).mean(), atol=1e-5, rtol=1e-4)
 
 
+def test_biases_that_would_learn_in_the_reference_too_are_refused(tiny, tmp_path):
+    """Switching the adapter off does not put them back, so the reference would move with the policy."""
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="all")
+    setup = Setup(tiny, tmp_path, lora=lora)  # a model without biases: nothing of it learns
+    biased = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny, attention_bias=True))
+    with pytest.raises(UserError, match=r"lora.bias: all .* use none"):
+        dpo.make_trainer(biased, None, setup.tokenizer, setup.pairs, setup.pairs, setup.config)
+
+
+def test_the_reference_never_changes_and_the_policy_does(tiny, tmp_path):
+    setup = Setup(tiny, tmp_path, max_steps=3, learning_rate=1e-2, save_strategy="no", disable_tqdm=True)
+
+    def digests() -> list[int]:
+        return [
+            hash(tuple(p.detach().numpy().tobytes() for p in model.parameters()))
+            for model in (setup.reference, setup.policy)
+        ]
+
+    before = digests()
+    setup.trainer.train()
+    after = digests()
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_padding_with_the_stop_token_changes_nothing(tiny, tmp_path):
+    """A policy without a pad token: `load_tokenizer` lets its stop token fill the batch."""
+    losses, margins = [], []
+    for own in (True, False):
+        setup = Setup(tiny, tmp_path, moved=True)
+        if not own:
+            setup.tokenizer.pad_token = setup.tokenizer.eos_token
+            setup.trainer.data_collator.pad_token_id = setup.tokenizer.eos_token_id
+        ids = setup.batch()["input_ids"]
+        assert (ids == 0).any() == own  # 0 is the tokenizer's own pad token
+        losses.append(setup.loss())
+        with torch.no_grad():
+            margins.append(dpo.log_probabilities(setup.policy, setup.pairs, 4, setup.tokenizer.pad_token_id))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(margins[0], margins[1])
+
+
 def test_a_gradient_of_zero_ends_the_run():
     from transformers import TrainerState
 
@@ -354,6 +398,7 @@ PROMPT = [{"role": "user", "content": "Is it?"}]
 BAD_ROWS = {
     "chosen equals rejected": {"prompt": PROMPT, "chosen": "k", "rejected": "k"},
     "empty answer": {"prompt": PROMPT, "chosen": "k", "rejected": " "},
+    "fewer than 2 ranked completions": {"prompt": PROMPT, "completions": ["k"], "ranks": [0]},
 }
 
 

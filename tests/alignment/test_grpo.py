@@ -11,6 +11,7 @@ import torch
 
 from recipes.alignment import grpo
 from recipes.common import rlhf
+from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 
 
@@ -60,18 +61,21 @@ def run(*given: object, **more: object) -> int:
     return run_recipe(grpo.main, grpo.Config, arguments(*given, **more))  # type: ignore[arg-type]
 
 
-def trainer_of(tiny: Path, folder: Path, reward: Any, **training: Any) -> Any:
+def trainer_of(tiny: Path, folder: Path, reward: Any, own_pad: bool = True, **training: Any) -> Any:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
+    if not own_pad:
+        tokenizer.pad_token = tokenizer.eos_token
     fixed = {
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "num_generations": 4,
         "per_device_train_batch_size": 8, "steps_per_generation": 1, "max_completion_length": 5,
     }  # fmt: skip
     args = GRPOConfig(output_dir=str(folder), **{**fixed, **training})
-    data = Dataset.from_list([{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows(8)])
+    asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"] + "!" * i}]} for i, row in enumerate(rows(8))]
+    data = Dataset.from_list(asked)
     model = AutoModelForCausalLM.from_pretrained(tiny)
     wrapped = grpo.as_trl(reward, "mine", tokenizer, 0.0)
     trainer = GRPOTrainer(model, wrapped, args=args, train_dataset=data, processing_class=tokenizer)
@@ -112,6 +116,36 @@ def test_a_reward_is_shown_the_rows_fields_and_the_answer_as_it_was_written(tiny
     assert reward.__name__ == "a.b" and len(reward.latest) == 4
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ([1.0], "1 numbers for 2"),
+        ([1.0, float("nan")], "nan"),
+        ([float("inf"), 0.0], "inf"),
+        ([1.0, None], "else than a list of numbers"),
+        (1.0, "else than a list of numbers"),
+    ],
+)
+def test_what_a_reward_must_not_give_is_refused(tiny, told, said):
+    from transformers import AutoTokenizer
+
+    reward = grpo.as_trl(lambda answers, rows: told, "a:b", AutoTokenizer.from_pretrained(tiny), 0.0)
+    with pytest.raises(UserError, match=rf"grpo.rewards: a:b: it gave .*{said}"):
+        reward(prompts=["p"] * 2, completions=["k"] * 2, completion_ids=[[5], [6]])
+
+
+def test_a_reward_model_that_gives_no_number_is_refused(tiny):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from recipes.common.own_answers import reward_scores
+
+    judge = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
+    judge.score.weight.data.fill_(float("nan"))
+    asked = [{"prompt": [{"role": "user", "content": "Is it?"}]}]
+    with pytest.raises(UserError, match="the reward model: it gave an answer the score nan"):
+        reward_scores(judge, AutoTokenizer.from_pretrained(tiny), asked, [["k", "c"]], 4)
+
+
 def test_the_rows_fields_reach_it_through_trl(tiny, tmp_path):
     seen = []
 
@@ -123,7 +157,7 @@ def test_the_rows_fields_reach_it_through_trl(tiny, tmp_path):
     trainer.model.train()
     trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     assert len(seen) == 8
-    assert all(prompt == f"Is it {shade[1:]}?" and answer == "k" for prompt, shade, answer in seen)
+    assert all(prompt.rstrip("!") == f"Is it {shade[1:]}?" and answer == "k" for prompt, shade, answer in seen)
     assert len(set(seen[:4])) == len(set(seen[4:])) == 1 and seen[0] != seen[4]  # two groups of four
 
 
@@ -138,6 +172,33 @@ def test_an_answers_advantage_is_its_distance_from_its_groups_mean(tiny, tmp_pat
     expected = (values - values.mean(1, keepdim=True)) / (values.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(inputs["advantages"], expected.flatten(), atol=1e-5, rtol=0)
     assert (inputs["advantages"][4:] == 0).all()  # all alike: nothing to learn
+
+
+def test_padding_with_the_stop_token_changes_nothing(tiny, tmp_path):
+    """A policy without a pad token: the tokens that are learned from, and their advantages, are the same."""
+    told = []
+    for own in (True, False):
+        trainer = trainer_of(tiny, tmp_path, letters, own_pad=own)
+        trainer.model.train()
+        torch.manual_seed(0)
+        told.append(trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader()))))
+    for name in ("prompt_mask", "completion_mask", "advantages"):
+        torch.testing.assert_close(told[0][name], told[1][name])
+    mask = told[0]["completion_mask"]
+    assert torch.equal(told[0]["completion_ids"] * mask, told[1]["completion_ids"] * mask)
+    assert not torch.equal(told[0]["prompt_ids"], told[1]["prompt_ids"])  # two lengths of prompt in the batch
+
+
+def test_the_reference_never_changes_and_the_policy_does(tiny, tmp_path):
+    more = {"beta": 0.1, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True}
+    trainer = trainer_of(tiny, tmp_path, letters, **more)
+    watched = (trainer.ref_model, trainer.model)
+    before, after = [], []
+    for kept in (before, after):
+        kept += [hash(tuple(p.detach().numpy().tobytes() for p in model.parameters())) for model in watched]
+        if kept is before:
+            trainer.train()
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def made_up_batch(trainer: Any) -> dict[str, torch.Tensor]:
@@ -273,6 +334,7 @@ def test_an_adapter_learns_too(tiny, questions, tmp_path):
         ({"training__num_generations": 5}, "divisible by num_generations"),
         ({"training__use_vllm": "true"}, "vllm is not installed"),
         ({"model__name": "null", "model__config": "{model_type: llama}"}, "model.name"),
+        ({"lora__target_modules": "[qproj]"}, "lora.target_modules: nothing in LlamaForCausalLM is called qproj"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more, told, tiny, questions, tmp_path, capsys):

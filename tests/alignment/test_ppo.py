@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from recipes.common import ppo_measure, ppo_rollout, rlhf
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.sections import Data, Evaluation, Model, Run
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def judge(tiny, preferences, tmp_path_factory) -> Path:
         *("--training.max_steps", "40", "--training.per_device_train_batch_size", "16"),
         *("--training.learning_rate", "3e-3", "--training.bf16", "false"),
         *("--reward.frozen_layers", "0", "--reward.new_layers", "0", "--reward.optimizer", "adamw"),
-        *("--reward.language_coefficient", "0"),
+        *("--reward.language_coefficient", "0", "--reward.likelihood_coefficient", "0"),
     ]
     assert run_recipe(reward_model.main, reward_model.Config, argv) == 0
     return root / "reward_model" / "default" / "model"
@@ -44,6 +46,9 @@ def arguments(tiny: Path, judge: Path, data: Path, root: Path, **more: object) -
         "ppo__kl_coefficient": 0.01,
         "ppo__critic": "separate",
         "ppo__answers": 1,
+        "ppo__epochs": 2,
+        "training__gradient_accumulation_steps": 1,
+        "training__adam_beta2": 0.95,
         "training__max_steps": 8,
         "training__learning_rate": 1e-2,
         "training__per_device_train_batch_size": 32,
@@ -54,6 +59,8 @@ def arguments(tiny: Path, judge: Path, data: Path, root: Path, **more: object) -
         "run__threads": 1,
         **more,
     }
+    if not any(key.startswith("lora") for key in given):
+        given["lora"] = "null"  # all of the tiny model's weights learn
     return [word for key, value in given.items() for word in (f"--{key.replace('__', '.')}", str(value))]
 
 
@@ -118,11 +125,33 @@ class Setup:
         longest = self.config.ppo.max_new_tokens
         return ppo.collect(
             self.models, self.rows, self.prompts, self.config, self.accelerator,
-            longest=longest, seed=seed, oversample=oversample,
+            longest=longest, seed=seed, answers=self.config.ppo.answers, oversample=oversample,
         )  # fmt: skip
 
     def update(self, rollout: ppo_rollout.Rollout, beta: float = 0.05, **more: Any) -> dict[str, float]:
         return ppo.update(self.models, self.optimizer, rollout, beta, self.config, self.accelerator, seed=0, **more)
+
+
+def answer_in_lengths(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """Eight answers of 1 to 5 tokens, in place of sampled ones: a random model hardly ever ends one."""
+    from recipes.common import generation
+
+    ids = [[*range(20 + n, 20 + n + n % 5), tokenizer.eos_token_id] for n in range(8)]
+    monkeypatch.setattr(generation, "generate_ids", lambda *_, **__: [list(one) for one in ids])
+
+
+class Whole(NamedTuple):
+    """A rollout as B rows of a prompt, padded on the left to P tokens, and its answer, padded on the right to R."""
+
+    input_ids: torch.Tensor  # [B, P+R]
+    attention_mask: torch.Tensor  # [B, P+R]
+    prompt_length: int  # P
+
+
+def whole(rollout: ppo_rollout.Rollout) -> Whole:
+    left, left_mask = rlhf.pad([rollout.all.prompts[i] for i in rollout.kept], 0, "left")
+    right, mask = rlhf.pad([rollout.all.ids[i] for i in rollout.kept], 0, "right")
+    return Whole(torch.cat([left, right], dim=1), torch.cat([left_mask, mask], dim=1), left.shape[1])
 
 
 def weights_of(model: torch.nn.Module) -> torch.Tensor:
@@ -145,12 +174,14 @@ def test_rollout_has_the_shapes_and_masks_it_says(tiny, judge):
     setup = Setup(tiny, judge)
     rollout = setup.collect()
     longest = max(map(len, setup.prompts))
-    B, P, R = 8, rollout.prompt_length, rollout.mask.shape[1]
-    assert longest == P and R <= 5 and rollout.input_ids.shape == rollout.attention_mask.shape == (B, P + R)
+    B, P, R = 8, whole(rollout).prompt_length, rollout.mask.shape[1]
+    assert (
+        longest == P and R <= 5 and whole(rollout).input_ids.shape == whole(rollout).attention_mask.shape == (B, P + R)
+    )
     for row, prompt in enumerate(setup.prompts):
-        assert rollout.input_ids[row, P - len(prompt) : P].tolist() == prompt  # padded on the left
-        assert rollout.attention_mask[row, :P].tolist() == [0] * (P - len(prompt)) + [1] * len(prompt)
-        response, mask = rollout.input_ids[row, P:].tolist(), rollout.mask[row].tolist()
+        assert whole(rollout).input_ids[row, P - len(prompt) : P].tolist() == prompt  # padded on the left
+        assert whole(rollout).attention_mask[row, :P].tolist() == [0] * (P - len(prompt)) + [1] * len(prompt)
+        response, mask = whole(rollout).input_ids[row, P:].tolist(), rollout.mask[row].tolist()
         if setup.tokenizer.eos_token_id in response:
             assert (
                 sum(mask) == response.index(setup.tokenizer.eos_token_id) + 1
@@ -172,7 +203,7 @@ def test_rollout_logprobs_equal_those_of_each_sequence_alone(tiny, judge):
     rollout = setup.collect()
     for row, prompt in enumerate(setup.prompts):
         n = int(rollout.mask[row].sum())
-        response = rollout.input_ids[row, rollout.prompt_length :][:n]
+        response = whole(rollout).input_ids[row, whole(rollout).prompt_length :][:n]
         logits = setup.policy(torch.tensor([[*prompt, *response.tolist()]])).logits[0]
         expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, response[:, None])[:, 0]
         torch.testing.assert_close(rollout.logprobs[row, :n], expected, atol=1e-5, rtol=1e-5)
@@ -186,7 +217,7 @@ def test_answers_are_drawn_from_the_distribution_whose_logprobs_are_taken(tiny, 
     setup.prompts, setup.rows = setup.prompts[:1] * 4000, setup.rows[:1] * 4000
     setup.config.training.per_device_train_batch_size = 4000
     rollout = setup.collect()
-    counts = torch.bincount(rollout.input_ids[:, -1], minlength=setup.policy.config.vocab_size)
+    counts = torch.bincount(whole(rollout).input_ids[:, -1], minlength=setup.policy.config.vocab_size)
     expected = setup.policy(torch.tensor(setup.prompts[:1])).logits[0, -1].softmax(-1) * 4000
     z = (counts - expected) / expected.sqrt()
     assert z.abs().max() < 6 and z.square().mean() < 1.6
@@ -197,8 +228,8 @@ def test_critic_started_from_the_reward_model_ends_at_the_reward(tiny, judge):
     """V of the last token's state would be the reward itself: the critic reads in the units that it is to predict."""
     setup = Setup(tiny, judge, missing_stop_penalty=0.0, reward_clip=1e9)
     rollout = setup.collect()
-    states = rlhf.backbone_states(setup.model.critic, rollout.input_ids, rollout.attention_mask)
-    last = rlhf.last_real_token(rollout.attention_mask)
+    states = rlhf.backbone_states(setup.model.critic, whole(rollout).input_ids, whole(rollout).attention_mask)
+    last = rlhf.last_real_token(whole(rollout).attention_mask)
     values = (rlhf.score_head(setup.model.critic, states) - setup.model.mean) / setup.model.std
     torch.testing.assert_close(values[torch.arange(8), last], rollout.rewards, atol=1e-5, rtol=1e-5)
 
@@ -211,7 +242,8 @@ def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any =
     from transformers import TrainingArguments
 
     scores = torch.tensor([2.0, 6.0, 100.0, 6.0])
-    monkeypatch.setattr(rlhf, "sequence_scores", lambda model, ids, mask: scores[ids[:, -1] - 10])
+    monkeypatch.setattr(rlhf, "shared_states", lambda model, rows: None)
+    monkeypatch.setattr(rlhf, "answer_scores", lambda model, states, rows: scores[rows.input_ids[:, -1:] - 10])
     answers = ppo_rollout.Answers(
         rows=[{"n": n} for n in range(4)],
         prompts=[[5]] * 4,
@@ -227,7 +259,7 @@ def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any =
     args = TrainingArguments(output_dir="unused", per_device_train_batch_size=3, use_cpu=True)
     given = ppo.PPO(**{"reward_clip": 5.0, "missing_stop_penalty": 1.0, **knobs})  # type: ignore[arg-type]
     config = ppo.Config(Model(), Data(), given, args, Evaluation(), Run())
-    return ppo.reward(models, answers, config, Accelerator(cpu=True)).tolist()
+    return ppo.reward(models, answers, 1, config, Accelerator(cpu=True)).tolist()
 
 
 SCALE = {"reward_mean": 2.0, "reward_std": 4.0}
@@ -294,7 +326,7 @@ def test_an_oversampled_step_learns_from_the_prompts_of_the_largest_spread(tiny)
     assert rollout.rewards.tolist() == [0, 8, 0, 6, 0, 7, 0, 5]
     assert rollout.all.rewards.tolist() == [x for n in apart for x in (0, n)]
     for row, i in enumerate(rollout.kept):
-        real = rollout.input_ids[row][rollout.attention_mask[row].bool()].tolist()
+        real = whole(rollout).input_ids[row][whole(rollout).attention_mask[row].bool()].tolist()
         assert real == setup.prompts[i] + rollout.all.ids[i]
     before, figures = weights_of(setup.policy), setup.update(rollout)
     assert figures["minibatches"] == 8 and figures["ratio_error"] == 0  # 4 passes over 8 answers by 4
@@ -340,6 +372,24 @@ def test_what_answers_in_the_policys_place_has_its_weights_first_and_is_read_by_
     torch.testing.assert_close(rollout.logprobs[2, :4], logits[:, 22], atol=1e-5, rtol=1e-5)
 
 
+def test_vllm_is_asked_in_trls_own_terms_and_draws_from_the_whole_distribution(tiny, judge, monkeypatch):
+    import inspect
+
+    from trl.generation import vllm_generation
+
+    real, setup = vllm_generation.VLLMGeneration, Setup(tiny, judge)
+    signature = inspect.signature(real)
+    monkeypatch.setattr(vllm_generation, "VLLMGeneration", lambda *given, **named: signature.bind(*given, **named))
+    bound = ppo_rollout.start_vllm(setup.policy, setup.tokenizer, setup.accelerator)
+    bound.apply_defaults()
+    told = bound.arguments
+    assert told["model"] is setup.policy and told["processing_class"] is setup.tokenizer
+    assert told["mode"] == "colocate" and told["max_model_length"] == 128
+    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert {name: told[name] for name in wanted} == wanted
+    inspect.signature(real.generate).bind(None, prompts=[[1]], images=None, num_generations=1)
+
+
 # ---------------------------------------------------------------- learning
 
 
@@ -375,19 +425,19 @@ def test_prompt_and_padding_never_get_loss(tiny, judge):
     """Noise on every logit but those that chose the response's real tokens leaves loss and gradient as they were."""
     setup = Setup(tiny, judge, epochs=1)
     rollout = setup.collect()
-    length, mask = rollout.prompt_length, rollout.mask
+    length, mask = whole(rollout).prompt_length, rollout.mask
 
     def gradient(noise: float) -> torch.Tensor:
         logits = setup.policy(
-            rollout.input_ids,
-            attention_mask=rollout.attention_mask,
-            position_ids=rlhf.positions(rollout.attention_mask),
+            whole(rollout).input_ids,
+            attention_mask=whole(rollout).attention_mask,
+            position_ids=rlhf.positions(whole(rollout).attention_mask),
         ).logits.detach()
-        chooses = torch.zeros(rollout.input_ids.shape, dtype=torch.bool)
+        chooses = torch.zeros(whole(rollout).input_ids.shape, dtype=torch.bool)
         chooses[:, length - 1 : -1] = mask.bool()  # position t chooses token t + 1
         torch.manual_seed(1)
         logits = (logits + noise * torch.randn_like(logits) * ~chooses[..., None]).requires_grad_()
-        logprobs = rlhf.token_logprobs(logits[:, length - 1 : -1], rollout.input_ids[:, length:])
+        logprobs = rlhf.token_logprobs(logits[:, length - 1 : -1], whole(rollout).input_ids[:, length:])
         rewards = rlhf.token_rewards(rollout.rewards, logprobs.detach(), rollout.reference, mask, 0.05)
         advantages, _ = rlhf.generalized_advantages(rewards, rollout.values, mask, 1.0, 0.95)
         loss, _ = rlhf.policy_loss(logprobs, rollout.logprobs, rlhf.whiten(advantages, mask), 0.2)
@@ -402,10 +452,133 @@ def test_response_logits_are_those_that_choose_the_response(tiny, judge):
     setup = Setup(tiny, judge)
     rollout = setup.collect()
     full = setup.policy(
-        rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rlhf.positions(rollout.attention_mask)
+        whole(rollout).input_ids,
+        attention_mask=whole(rollout).attention_mask,
+        position_ids=rlhf.positions(whole(rollout).attention_mask),
     ).logits
-    cut = rlhf.response_logits(setup.policy, rollout.input_ids, rollout.attention_mask, rollout.prompt_length).logits
-    torch.testing.assert_close(cut, full[:, rollout.prompt_length - 1 : -1], atol=1e-5, rtol=1e-5)
+    cut = rlhf.response_logits(
+        setup.policy, whole(rollout).input_ids, whole(rollout).attention_mask, whole(rollout).prompt_length
+    ).logits
+    torch.testing.assert_close(cut, full[:, whole(rollout).prompt_length - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+def test_in_an_update_only_the_logits_that_choose_an_answers_tokens_get_a_gradient(tiny, judge, monkeypatch):
+    """The update itself: as many as there are tokens in the answers; those of prompts and padding get exactly 0."""
+    setup = Setup(tiny, judge, micro=8, epochs=1)
+    answer_in_lengths(monkeypatch, setup.tokenizer)
+    rollout = setup.collect()
+    seen: list[torch.Tensor] = []
+
+    def watch(module, arguments, logits):
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: seen.append(gradient.abs().sum(dim=-1)))
+
+    handle = setup.policy.lm_head.register_forward_hook(watch)
+    setup.update(rollout)
+    handle.remove()
+    (gradient,) = seen  # [B, columns]
+    assert (gradient > 0).sum(dim=1).tolist() == [1, 2, 3, 4, 5, 1, 2, 3] == rollout.mask.sum(dim=1).tolist()
+    assert gradient.numel() > 21
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_passes_over_minibatches_equal_a_slow_loop_over_tokens(tiny, judge, critic, monkeypatch):
+    """Two passes of two minibatches, one answer at a time without padding, one token at a time, equations as they stand."""
+    import copy
+
+    clip, value_clip, beta, gamma, lam, rate = 0.05, 0.002, 0.3, 0.97, 0.9, 0.5
+    weight = {"separate": 0.7, "shared": 0.02}[critic]  # a step of the head's own is not to shoot over the return
+    knobs = {"clip": clip, "value_clip": value_clip, "gamma": gamma, "lam": lam, "epochs": 2, "stop_kl": None}
+    setup = Setup(tiny, judge, critic=critic, value_coefficient=weight, **knobs)
+    setup.config.training.max_grad_norm = 0.0
+    if critic == "shared":
+        torch.nn.init.normal_(setup.model.head.weight, std=0.1)
+    answer_in_lengths(monkeypatch, setup.tokenizer)
+    rollout = setup.collect()
+    torch.manual_seed(0)
+    rollout.reference = rollout.reference + 0.3 * torch.randn_like(rollout.reference)  # so that there is a penalty
+    slow = copy.deepcopy(setup.model)
+    answers = rollout.all.ids
+    lengths = [len(answer) for answer in answers]
+
+    def told(i: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        prompt = setup.prompts[i]
+        ids = torch.tensor([prompt + answers[i]])
+        out = slow.policy(ids, output_hidden_states=True)
+        at = range(len(prompt) - 1, len(prompt) - 1 + lengths[i])  # where each token is chosen
+        logprobs = [out.logits[0, t].log_softmax(-1)[a] for t, a in zip(at, answers[i], strict=True)]
+        if critic == "shared":
+            return logprobs, [slow.head(out.hidden_states[-1][0, t])[0] for t in at]
+        states = slow.critic.model(ids).last_hidden_state[0]
+        return logprobs, [(slow.critic.score(states[t])[0] - slow.mean) / slow.std for t in at]
+
+    with torch.no_grad():
+        old = [[[x.item() for x in part] for part in told(i)] for i in range(8)]
+    advantages, returns = [], []
+    for i, (logprobs, values) in enumerate(old):
+        n = lengths[i]
+        rewards = [-beta * (logprobs[t] - rollout.reference[i, t].item()) for t in range(n)]
+        rewards[-1] += rollout.rewards[i].item()
+        deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
+        found = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        advantages.append(found)
+        returns.append([a + v for a, v in zip(found, values, strict=True)])
+    flat = [a for row in advantages for a in row]
+    mean = sum(flat) / len(flat)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
+    advantages = [[(a - mean) / deviation for a in row] for row in advantages]
+
+    clipped = {"policy": 0, "value": 0}
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    for minibatch in (range(4), range(4, 8), order[:4], order[4:]):
+        losses = []
+        for i in minibatch:
+            for t, (logprob, value) in enumerate(zip(*told(i), strict=True)):
+                ratio, a = torch.exp(logprob - old[i][0][t]), advantages[i][t]
+                policy_loss = -ratio * a
+                if (a > 0 and ratio > 1 + clip) or (a < 0 and ratio < 1 - clip):
+                    policy_loss = torch.tensor(-(1 + clip if a > 0 else 1 - clip) * a)
+                    clipped["policy"] += 1
+                before, target = old[i][1][t], returns[i][t]
+                value_loss = (value - target) ** 2 / 2
+                if abs(value.item() - before) > value_clip:
+                    kept = before + math.copysign(value_clip, value.item() - before)
+                    if (kept - target) ** 2 / 2 > value_loss.item():
+                        value_loss = torch.tensor((kept - target) ** 2 / 2)
+                        clipped["value"] += 1
+                losses.append(policy_loss + weight * value_loss)
+        slow.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        with torch.no_grad():
+            for p in slow.parameters():
+                if p.grad is not None:
+                    p -= rate * p.grad
+
+    before = weights_of(setup.model)
+    figures = setup.update(rollout, beta)
+    assert figures["minibatches"] == 4 and min(clipped.values()) > 0
+    moved = (weights_of(setup.model) - before).abs().max()
+    assert moved > 1e-2
+    torch.testing.assert_close(weights_of(setup.model), weights_of(slow), atol=1e-3 * moved.item(), rtol=0)
+
+
+def test_padding_with_the_stop_token_changes_nothing(tiny, judge, monkeypatch):
+    """A policy without a pad token: `load_tokenizer` lets its stop token fill the batch, and the masks say what is real."""
+    told = []
+    for own in (True, False):
+        setup = Setup(tiny, judge)
+        if not own:
+            setup.tokenizer.pad_token = setup.tokenizer.eos_token
+        answer_in_lengths(monkeypatch, setup.tokenizer)
+        rollout = setup.collect()
+        setup.update(rollout)
+        told.append((rollout, weights_of(setup.model)))
+    (ours, weights), (theirs, other_weights) = told
+    assert ours.mask.sum(dim=1).tolist() == theirs.mask.sum(dim=1).tolist() == [1, 2, 3, 4, 5, 1, 2, 3]
+    for name in ("rewards", "logprobs", "values"):
+        mask = 1 if name == "rewards" else ours.mask
+        torch.testing.assert_close(getattr(ours, name) * mask, getattr(theirs, name) * mask, atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights, other_weights, atol=1e-6, rtol=0)
 
 
 def test_accumulated_micro_batches_give_the_same_step_as_one_batch(tiny, judge):
@@ -427,6 +600,21 @@ def test_passes_end_once_the_policy_is_too_far_from_the_one_that_answered(tiny, 
     figures = setup.update(setup.collect())
     assert figures["minibatches"] == 2 and figures["update_kl"] > 1e-6  # the first minibatch is at 0, the second is not
     assert Setup(tiny, judge, stop_kl=None, epochs=4).update(Setup(tiny, judge).collect())["minibatches"] == 8
+
+
+def test_a_steps_parts_are_timed_and_drawn(tiny, judge, tmp_path):
+    from matplotlib.figure import Figure
+
+    rollout = Setup(tiny, judge, function=letters).collect()
+    assert set(rollout.all.seconds) == {"rollout", "score", "read"} and min(rollout.all.seconds.values()) > 0
+    history = [{"rollout_seconds": x, "score_seconds": 1.0, "train_seconds": 2.0} for x in (90.0, 2.0, 4.0)]
+    spent = ppo_measure.seconds_of(history)  # the first step warms up
+    assert spent == {"rollout": 3.0, "score": 1.0, "train": 2.0}
+    assert ppo_measure.seconds_of([{"reward": 1.0}]) == {}
+    axes = Figure().add_subplot()
+    ppo_measure.time_bars(axes, spent)
+    assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0, 2.0]
+    assert [text.get_text() for text in axes.texts] == ["3.00 s, 50%", "1.00 s, 17%", "2.00 s, 33%"]
 
 
 @pytest.mark.parametrize("whitening", ["global", "prompt", "none"])
@@ -451,7 +639,7 @@ def test_a_step_is_the_policy_gradient_of_the_advantages_that_the_settings_say(t
     for rows in {"global": [slice(0, 8)], "prompt": [slice(i, i + 2) for i in (0, 2, 4, 6)], "none": []}[whitening]:
         real = advantages[rows][mask[rows].bool()]
         advantages[rows] = (advantages[rows] - real.mean()) / (real.var(correction=0) + 1e-8).sqrt()
-    told = setup.model(rollout.input_ids, rollout.attention_mask, rollout.prompt_length)
+    told = setup.model(rollout.rows)
     loss = -(told.logprobs * advantages * mask).sum() / mask.sum()
     expected = [p.detach() - 0.5 * g for p, g in zip(
         setup.policy.parameters(), torch.autograd.grad(loss, list(setup.policy.parameters())), strict=True
@@ -517,8 +705,10 @@ def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter(tiny, 
             torch.nn.init.normal_(p, std=0.3)
     moved, full = setup.collect(), Setup(tiny, judge).reference
     mask = moved.mask.bool()
-    logits = rlhf.response_logits(full, moved.input_ids, moved.attention_mask, moved.prompt_length).logits
-    alone = rlhf.token_logprobs(logits, moved.input_ids[:, moved.prompt_length :])
+    logits = rlhf.response_logits(
+        full, whole(moved).input_ids, whole(moved).attention_mask, whole(moved).prompt_length
+    ).logits
+    alone = rlhf.token_logprobs(logits, whole(moved).input_ids[:, whole(moved).prompt_length :])
     torch.testing.assert_close(moved.reference[mask], alone[mask], atol=1e-6, rtol=1e-6)
     assert (moved.logprobs - moved.reference)[mask].abs().max() > 0.1
 
@@ -774,6 +964,57 @@ def test_all_of_it_together_is_resumed_exactly(
         assert mine[name] == pytest.approx(theirs[name], abs=1e-6)
 
 
+TWO = {  # a pass is one minibatch: which rows come together does not depend on the number of processes
+    "ppo__rollouts": 32,
+    "ppo__epochs": 2,
+    "ppo__stop_kl": "null",
+    "ppo__kl_target": 2.0,
+    "training__optim": "sgd",  # Adam would make as much of a rounding as of a gradient
+    "training__learning_rate": 0.5,
+    "training__gradient_accumulation_steps": 1,
+    "training__max_steps": 4,
+    "training__save_steps": 100,
+    "evaluation__max_samples": 4,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"ppo__critic": "shared", "ppo__pretraining_coefficient": 0.5, "ppo__entropy_coefficient": 0.01}],
+    ids=["separate", "shared"],
+)
+def test_two_processes_take_the_steps_of_one(tiny, judge, preferences, prose, tmp_path, execute, more):
+    """LAUNCH=ddp NPROC=2 on CPU, each with half of the answers: the figures and the weights of one process with all.
+
+    All that is changed is what the answers are drawn by: a seed of their prompt's own here, each process's otherwise.
+    """
+    from safetensors.torch import load_file
+
+    text = {"pretraining__name": prose, "ppo__pretraining_length": 16} if "ppo__pretraining_coefficient" in more else {}
+    script = Path(__file__).parent / "seeded_ppo.py"
+    folders = []
+    for processes in (1, 2):
+        size = {"training__per_device_train_batch_size": 32 // processes}
+        given = arguments(tiny, judge, preferences, tmp_path / str(processes), **TWO, **more, **text, **size)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+        environment = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        done = execute([sys.executable, *launcher, script, *given], timeout=600, **environment)
+        assert done.returncode == 0, done.stderr
+        folders.append(tmp_path / str(processes) / "ppo" / "default")
+    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+    assert [row["step"] for row in two] == [1, 2, 3, 4] and two[-1]["kl"] != 0 and two[0]["ratio_error"] == 0
+    names = {"loss", "policy_loss", "value_loss", "clip_fraction", "update_kl", "reward", "kl", "entropy"}
+    for name in (
+        names | {"explained_variance", "response_length", "kl_coefficient"} | ({"text_loss"} if text else set())
+    ):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=2e-4, rel=1e-3), name
+    start = load_file(tiny / "model.safetensors")
+    ours, whole = (load_file(f / "model" / "model.safetensors") for f in reversed(folders))
+    for name, weight in whole.items():
+        assert (ours[name] - weight).norm() < 0.02 * (weight - start[name]).norm() + 1e-5, name
+
+
 @pytest.mark.slow
 def test_a_checker_alone_raises_the_held_out_reward(tiny, preferences, tmp_path):
     more = {"ppo__reward_model": "null", "ppo__reward_function": f"{__name__}:letters", "ppo__critic": "others"}
@@ -830,6 +1071,22 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tiny, judge, preferenc
     (other / "tokenizer.json").write_text(json.dumps(told))
     assert run(tiny, other, preferences, tmp_path) == 2
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_a_reward_model_that_is_asked_by_another_template_is_refused(tiny, judge, preferences, tmp_path, capsys):
+    """The same vocabulary and other tokens for the same conversation: it would score what it was never trained on."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    other = tmp_path / "other"
+    shutil.copytree(judge, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{- '<|' ~", "{{- ' <|' ~")
+    tokenizer.save_pretrained(other)
+    assert run(tiny, other, preferences, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "ppo.reward_model" in error and "another chat template" in error and "Traceback" not in error
 
 
 def test_a_language_model_is_no_reward_model(tiny, preferences, tmp_path, capsys):

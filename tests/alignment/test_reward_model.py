@@ -13,6 +13,7 @@ from recipes.alignment import reward_model
 from recipes.common import preferences as figures_of
 from recipes.common import rlhf
 from recipes.common.recipe import run_recipe
+from recipes.common.shared_prompts import Rows, attention_mask
 
 
 def run(tiny: Path, data: Path, root: Path, *flags: str, **more: object) -> int:
@@ -28,6 +29,7 @@ def run(tiny: Path, data: Path, root: Path, *flags: str, **more: object) -> int:
         "reward__new_layers": 0,
         "reward__frozen_layers": 0,
         "reward__language_coefficient": 0,
+        "reward__likelihood_coefficient": 0,
         "reward__optimizer": "adamw",
         "run__root": root,
         "run__threads": 1,
@@ -121,22 +123,51 @@ def test_more_layers_frozen_than_there_are_is_refused(tiny, preferences, tmp_pat
     assert "reward.frozen_layers" in capsys.readouterr().err
 
 
-def test_language_loss_is_that_of_the_best_answers_tokens_alone(scorer):
-    """Against a loop over the answer's tokens, with padding and worse answers in the batch."""
+def shared(rows):
+    """What `collate` makes of rows: the shared rows, and the ranks and prompt of each answer, [N]."""
+    batch = reward_model.collate(rows, fill=0)
+    ranks = batch.pop("ranks")
+    there = ranks >= 0
+    return Rows(**batch), ranks[there], there.nonzero()[:, 0]
+
+
+def states_of(model, rows):
+    """Their last hidden states."""
+    mask = attention_mask(rows.branch, model.config)
+    return model.model(rows.input_ids, mask, position_ids=rows.position_ids).last_hidden_state
+
+
+def test_answer_logprobs_are_those_of_each_answer_alone(scorer):
+    """Against a loop over the answers' tokens, with padding in the batch."""
     rows = [
         {"sequences": [[5, 9, 8, 1], [5, 9, 7, 7, 7, 1]], "ranks": [0, 1], "start": 2},
         {"sequences": [[6, 4, 1]], "ranks": [0], "start": 1},
     ]
-    batch = reward_model.collate(rows, fill=0)
+    batch, _, _ = shared(rows)
     table = scorer.get_input_embeddings().weight
     with torch.no_grad():
-        hidden = scorer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        found = reward_model.language_loss(hidden, batch, table)
-        losses = []
-        for ids, start in (([5, 9, 8, 1], 2), ([6, 4, 1], 1)):
+        found = reward_model.answer_logprobs(states_of(scorer, batch), batch, table)
+        assert found.shape == batch.mask.shape and found[batch.mask == 0].abs().sum() == 0
+        expected = []
+        for ids, start in (([5, 9, 8, 1], 2), ([5, 9, 7, 7, 7, 1], 2), ([6, 4, 1], 1)):
             logits = scorer.model(input_ids=torch.tensor([ids])).last_hidden_state[0] @ table.T
-            losses += [-logits[t - 1].log_softmax(-1)[ids[t]] for t in range(start, len(ids))]
-    torch.testing.assert_close(found, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+            expected += [logits[t - 1].log_softmax(-1)[ids[t]] for t in range(start, len(ids))]
+    torch.testing.assert_close(found[batch.mask.bool()], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_the_probe_is_asked_for_the_likelihood_of_the_answer_so_far_and_moves_nothing_it_is_told(scorer):
+    rows, _, _ = shared([{"sequences": [[5, 9, 8, 1], [5, 7, 1]], "ranks": [0, 1], "start": 1}])
+    states = states_of(scorer, rows).detach().requires_grad_(True)
+    logprobs = torch.tensor([[[-1.0, -2.0, -30.0], [-0.5, -0.25, 0.0]]], requires_grad=True)
+    scorer.likelihood = torch.nn.Linear(states.shape[-1], 1)
+    torch.nn.init.zeros_(scorer.likelihood.weight)
+    torch.nn.init.zeros_(scorer.likelihood.bias)
+    loss = reward_model.likelihood_loss(scorer, states, logprobs, rows)
+    del scorer.likelihood
+    targets = torch.tensor([-1.0, -3.0, -10.0, -0.5, -0.75])  # sums, the third cut off
+    assert loss.item() == pytest.approx(torch.nn.functional.smooth_l1_loss(torch.zeros(5), targets).item())
+    loss.backward()
+    assert logprobs.grad is None and states.grad is not None
 
 
 @pytest.mark.slow
@@ -144,7 +175,7 @@ def test_a_model_that_grew_is_trained_saved_and_loaded_by_the_library(tiny, pref
     from transformers import AutoModelForSequenceClassification
 
     more = {"reward__new_layers": 1, "reward__frozen_layers": 1, "reward__optimizer": "muon"}
-    more["reward__language_coefficient"] = 1.0
+    more["reward__language_coefficient"], more["reward__likelihood_coefficient"] = 1.0, 0.3
     assert run(tiny, preferences, tmp_path, **more) == 0
     saved = tmp_path / "reward_model" / "default"
     model = AutoModelForSequenceClassification.from_pretrained(saved / "model")
@@ -164,10 +195,10 @@ def test_one_forward_an_answer_gives_the_mean_of_the_pairwise_losses_and_gradien
         {"sequences": [[5, 9, 1], [5, 8, 8, 1], [5, 7, 1], [5, 6, 1]], "ranks": [0, 1, 1, 2], "start": 1},
         {"sequences": [[6, 9, 9, 9, 1], [6, 8, 1]], "ranks": [0, 1], "start": 1},
     ]
-    batch = reward_model.collate(rows, fill=0)
-    assert batch["input_ids"].shape == (6, 5) and batch["group"].tolist() == [0, 0, 0, 0, 1, 1]
-    scores = scorer(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-    loss = rlhf.ranking_loss(scores, batch["ranks"], batch["group"])
+    batch, ranks, group = shared(rows)
+    assert batch.input_ids.shape == (2, 10) and group.tolist() == [0, 0, 0, 0, 1, 1]
+    scores = rlhf.answer_scores(scorer, states_of(scorer, batch), batch)  # [2, 4]
+    loss = rlhf.ranking_loss(scores[batch.mask.any(dim=2)], ranks, group)
     (gradient,) = torch.autograd.grad(loss, scorer.score.weight)
 
     prompts, forwards = [], 0
@@ -184,7 +215,7 @@ def test_one_forward_an_answer_gives_the_mean_of_the_pairwise_losses_and_gradien
     (slow_gradient,) = torch.autograd.grad(pairwise, scorer.score.weight)
     torch.testing.assert_close(loss, pairwise, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradient, slow_gradient, atol=1e-6, rtol=1e-4)
-    assert forwards == 12 and len(batch["input_ids"]) == 6
+    assert forwards == 12 and len(ranks) == 6
 
 
 def test_figures_on_hand_numbers():
@@ -361,16 +392,16 @@ def test_balanced_weights_leave_nothing_to_gain_from_length():
     tilt, scale = figures_of.length_balance(data)
     assert tilt > 0.05  # the longer one wins mostly: such pairs weigh less
 
-    batch = reward_model.collate(rows, fill=0)
-    lengths = batch["attention_mask"].sum(dim=1)
+    batch, ranks, group = shared(rows)
+    lengths = batch.mask.sum(dim=2)[batch.mask.any(dim=2)]
     weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))
     slope = torch.zeros((), requires_grad=True)
     for pair_weights, expected in ((weights, 0.0), (None, -0.5)):
-        loss = rlhf.ranking_loss(slope * lengths, batch["ranks"], batch["group"], weights=pair_weights)
+        loss = rlhf.ranking_loss(slope * lengths, ranks, group, weights=pair_weights)
         (gradient,) = torch.autograd.grad(loss, slope)
         assert gradient.item() == pytest.approx(expected, abs=1e-4) if expected == 0 else gradient.item() < expected
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
-    weighted = rlhf.ranking_loss(0.0 * lengths, batch["ranks"], batch["group"], weights=weights)
+    weighted = rlhf.ranking_loss(0.0 * lengths, ranks, group, weights=weights)
     assert weighted.item() == pytest.approx(math.log(2), abs=1e-4)  # mean weight 1
 
 
@@ -440,15 +471,17 @@ def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny):
     batch = reward_model.collate(rows, fill=0)
     found = trainer.compute_loss(model, batch)
 
-    told = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    scores, ranks, group = told.logits[:, 0], batch["ranks"], batch["group"]
+    ids, mask = rlhf.pad([sequence for row in rows for sequence in row["sequences"]], 0, "right")  # a row an answer
+    scores = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+    told, ranks, group = shared(rows)
     tilt, scale = figures_of.length_balance(data)
     lengths = torch.tensor([3.0, 4, 3, 5, 3])
     weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))
     expected = rlhf.ranking_loss(scores, ranks, group, 0.5, weights)
     expected = expected + 0.1 * rlhf.centering_loss(scores, ranks, group)
-    table = model.get_input_embeddings().weight
-    expected = expected + 0.3 * reward_model.language_loss(told.hidden_states[-1], batch, table)
+    logprobs = reward_model.answer_logprobs(states_of(model, told), told, model.get_input_embeddings().weight)
+    language = -logprobs[[0, 1], 0][told.mask[[0, 1], 0].bool()].mean()  # of the best answers, which come first here
+    expected = expected + 0.3 * language
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -524,6 +557,23 @@ def test_answers_beyond_the_models_positions_are_left_out(tiny, preferences, tmp
     path.write_text(preferences.read_text() + json.dumps(long) + "\n")
     assert run(tiny, path, tmp_path, training__max_steps=1) == 0
     assert "longer than 128 tokens" in capsys.readouterr().out  # reward.max_length is 256
+
+
+def test_a_model_without_a_pad_token_of_its_own_is_refused(tiny, preferences, tmp_path, capsys):
+    """Its stop token would fill the batch, and `from_pretrained` would read the score before it."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(other)
+    assert AutoTokenizer.from_pretrained(other).pad_token is None
+    assert run(other, preferences, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "stop token" in error and "model.tokenizer" in error and "Traceback" not in error
 
 
 def test_a_limit_that_leaves_nothing_is_refused(tiny, preferences, tmp_path, capsys):

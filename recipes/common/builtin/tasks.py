@@ -33,7 +33,7 @@ Value: TypeAlias = "int | Word | Sequence[int | Word]"
 
 HELD_OUT = 5  # percent of the instances in validation, and as many in test
 SIZES = {"train": 90_000, "validation": 2_000, "test": 2_000}
-PREFERENCE_SIZES = {"train": 24_000, "validation": 600, "test": 600}
+PREFERENCE_SIZES = {"train": 60_000, "validation": 600, "test": 600}
 CHINESE = 0.3  # share of the rows
 WRONG, WRONG_FORM = 1, 2  # ranks of the answers that are not right
 
@@ -304,7 +304,7 @@ def load_preferences(split: str, seed: int) -> list[Row]:
     """Rows {"prompt": [user], "completions", "ranks", "task", "language", "answer"} of 4 to 6 completions, best first.
 
     Rank 0 is the right answer; 1 wrong ones, near misses and at least one answer to another question of the kind, which
-    tie; 2 the wrong form (the right value in rambling words, no answer, the other language). 24,000 rows of train, 600
+    tie; 2 the wrong form (the right value in rambling words, no answer, the other language). 60,000 rows of train, 600
     of each held-out split, split as `load`.
     """
     check_split(split)

@@ -1,0 +1,111 @@
+"""One row for all answers to a prompt: the prompt is read once, and no answer sees another.
+
+    row          x1 x2 x3 | a1 a2 | b1 b2 b3       prompt x, answers a and b
+    positions     0  1  2 |  3  4 |  3  4  5       each answer comes right after the prompt
+    branch        0  0  0 |  1  1 |  2  2  2       a token sees branch 0 and its own, up to itself
+
+K answers to a prompt of P tokens, A tokens each, are P + K A tokens, where a row for each answer takes K (P + A). All that
+is computed of an answer is what it would be alone: prefix sharing, Wang & Hegde 2024, https://arxiv.org/abs/2410.20305
+
+Shapes: B prompts, K answers at most to one of them, L tokens a row, R tokens of the longest answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recipes.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Prompts padded on the left and their answers behind them, padded on the right."""
+
+    input_ids: Tensor  # [B, L]
+    position_ids: Tensor  # [B, L]
+    branch: Tensor  # [B, L]: 0 of the prompt, k of its k-th answer, -1 of padding
+    before: Tensor  # [B, K, R]: the column of the token that each answer token follows
+    at: Tensor  # [B, K, R]: the column of the answer token itself
+    mask: (
+        Tensor  # [B, K, R]: 1 on the answers' tokens, 0 on padding, whose `before` and `at` are the prompt's last token
+    )
+
+
+def share(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], fill: int) -> Rows:
+    """Token ids of B prompts, and of the answers to each, as rows. Raises ValueError for an empty prompt or answer."""
+    import torch
+
+    if not all(prompts) or not all(answer for some in answers for answer in some):
+        raise ValueError("a prompt or an answer has no token")
+    width = max(map(len, prompts))
+    length = width + max(sum(map(len, some)) for some in answers)
+    most, longest = max(map(len, answers)), max(len(answer) for some in answers for answer in some)
+    input_ids = torch.full((len(prompts), length), fill)
+    position_ids, branch = torch.zeros_like(input_ids), torch.full_like(input_ids, -1)
+    before = torch.full((len(prompts), most, longest), width - 1)
+    at, mask = before.clone(), torch.zeros_like(before)
+    for b, (prompt, some) in enumerate(zip(prompts, answers, strict=True)):
+        place = slice(width - len(prompt), width)
+        input_ids[b, place] = torch.tensor(prompt)
+        position_ids[b, place] = torch.arange(len(prompt))
+        branch[b, place] = 0
+        start = width
+        for k, answer in enumerate(some):
+            end = start + len(answer)
+            input_ids[b, start:end] = torch.tensor(answer)
+            position_ids[b, start:end] = torch.arange(len(prompt), len(prompt) + len(answer))
+            branch[b, start:end] = k + 1
+            at[b, k, : len(answer)] = torch.arange(start, end)
+            before[b, k, 1 : len(answer)] = torch.arange(start, end - 1)
+            mask[b, k, : len(answer)] = 1
+            start = end
+    return Rows(input_ids, position_ids, branch, before, at, mask)
+
+
+def take(rows: Rows, chosen: Tensor) -> Rows:
+    """Some of the prompts, without the columns that are padding in all of them."""
+    some = Rows(*(field[chosen] for field in rows))
+    used = (some.branch >= 0).any(dim=0).nonzero()  # columns
+    first, end = int(used[0]), int(used[-1]) + 1
+    ids, positions, branch = (field[:, first:end] for field in some[:3])
+    return Rows(ids, positions, branch, some.before - first, some.at - first, some.mask)
+
+
+def visible(branch: Tensor) -> Tensor:
+    """What each token may look at: [B, L] -> [B, 1, L, L]. Padding sees itself, so that no softmax is over nothing."""
+    import torch
+
+    looks, seen = branch[:, :, None], branch[:, None, :]
+    here = torch.arange(branch.shape[1], device=branch.device)
+    earlier = here[:, None] >= here[None, :]
+    return (earlier & ((seen == 0) | (seen == looks)) & (seen >= 0) | (here[:, None] == here[None, :]))[:, None]
+
+
+def attention_mask(branch: Tensor, config: Any) -> Tensor:
+    """`visible`, [B, 1, L, L], in the form that the attention of a model with this config takes: "sdpa" a boolean,
+    "eager" what is added to the scores. Raises UserError for a kernel that takes no mask of one's own."""
+    import torch
+
+    kernel, see = config._attn_implementation, visible(branch)
+    if kernel == "sdpa":
+        return see
+    if kernel == "eager":
+        return torch.zeros(see.shape, device=see.device).masked_fill(~see, torch.finfo(torch.float32).min)
+    raise UserError(
+        f"model.attention: {kernel} takes no mask that keeps the answers to one prompt apart: use sdpa, or eager"
+    )
+
+
+def at_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """What stands at some columns of each row: [B, L, ...] and [B, K, R] -> [B, K, R, ...]."""
+    import torch
+
+    return x[torch.arange(len(x), device=x.device)[:, None, None], columns]
+
+
+def last_column(rows: Rows) -> Tensor:
+    """The column of each answer's last token: [B, K]."""
+    return rows.at.gather(2, (rows.mask.sum(dim=2, keepdim=True) - 1).clamp(min=0)).squeeze(2)

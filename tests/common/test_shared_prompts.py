@@ -1,0 +1,84 @@
+"""A row for all answers to a prompt computes of each answer what a row of its own would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recipes.common.errors import UserError
+from recipes.common.shared_prompts import at_columns, attention_mask, last_column, share, take, visible
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+ANSWERS = [[[20, 21], [22, 23, 24]], [[25, 26, 27, 28]]]
+
+
+def test_the_rows_of_a_small_example():
+    rows = share(PROMPTS, ANSWERS, fill=0)
+    assert rows.input_ids.tolist() == [[5, 6, 7, 20, 21, 22, 23, 24], [0, 8, 9, 25, 26, 27, 28, 0]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5], [0, 0, 1, 2, 3, 4, 5, 0]]
+    assert rows.branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [-1, 0, 0, 1, 1, 1, 1, -1]]
+    assert rows.mask.tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
+    real = rows.mask.bool()
+    assert at_columns(rows.input_ids, rows.at)[real].tolist() == [20, 21, 22, 23, 24, 25, 26, 27, 28]
+    assert at_columns(rows.input_ids, rows.before)[real].tolist() == [7, 20, 7, 22, 23, 9, 25, 26, 27]
+    assert last_column(rows).tolist() == [[4, 7], [6, 2]]  # where there is no answer, the prompt's last
+
+
+def test_some_of_the_prompts_lose_the_columns_that_only_others_need():
+    rows = share([*PROMPTS, [1, 2, 3, 4]], [*ANSWERS, [[29], [30]]], fill=0)
+    found, wanted = take(rows, torch.tensor([1])), share(PROMPTS[1:], ANSWERS[1:], fill=0)
+    for one, other in zip(found[:3], wanted[:3], strict=True):
+        assert torch.equal(one, other)
+    real = found.mask.bool()
+    assert at_columns(found.input_ids, found.at)[real].tolist() == [25, 26, 27, 28]
+    assert at_columns(found.input_ids, found.before)[real].tolist() == [9, 25, 26, 27]
+
+
+def test_a_token_sees_its_prompt_and_its_own_answer_up_to_itself():
+    seen = visible(share(PROMPTS, ANSWERS, fill=0).branch)[:, 0]
+    assert [seen[0, i].nonzero().flatten().tolist() for i in (2, 4, 7)] == [
+        [0, 1, 2],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 5, 6, 7],
+    ]
+    assert seen[1, 6].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6]  # not the padding before the prompt
+    assert seen.any(dim=-1).all()
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_every_answer_is_computed_as_if_it_were_alone_gradients_too(kernel):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation=kernel,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rows = share(PROMPTS, ANSWERS, fill=0)
+    mask = attention_mask(rows.branch, model.config)
+    logits = at_columns(model(rows.input_ids, mask, position_ids=rows.position_ids).logits, rows.before)
+    losses, alone = [], []
+    for b, (prompt, some) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        for k, answer in enumerate(some):
+            found = logits[b, k, : len(answer)]
+            wanted = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+            words = torch.tensor(answer)
+            losses.append(torch.nn.functional.cross_entropy(found, words, reduction="sum"))
+            alone.append(torch.nn.functional.cross_entropy(wanted, words, reduction="sum"))
+    shared = torch.autograd.grad(sum(losses), list(model.parameters()))
+    apart = torch.autograd.grad(sum(alone), list(model.parameters()))
+    for one, other in zip(shared, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_kernel_that_takes_no_mask_is_refused():
+    config = LlamaConfig(num_hidden_layers=1)
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match="sdpa, or eager"):
+        attention_mask(torch.zeros(1, 2, dtype=torch.long), config)
+
+
+def test_nothing_is_no_answer():
+    with pytest.raises(ValueError, match="no token"):
+        share([[5]], [[[6], []]], fill=0)
