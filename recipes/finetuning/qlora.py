@@ -76,6 +76,16 @@ def four_bit_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
+def keep_the_gradient(model: nn.Module) -> None:
+    """Evaluating must leave the layers able to learn.
+
+    On a processor with AVX512-BF16 bitsandbytes packs a layer's weights anew the first time that it is evaluated, for a kernel
+    that has no backward: from then on no gradient reaches what lies below, and nothing says so.
+    """
+    for layer in four_bit_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False
+
+
 def measured_bytes(model: nn.Module) -> tuple[int, int]:
     """How many weights are in four bits, and the bytes that they take, constants included."""
     weights = size = 0
@@ -173,6 +183,7 @@ def largest_difference(one: Any, other: Any, batch: dict[str, torch.Tensor]) -> 
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Base in four bits and task, adapter, train, merge, save both."""
+    import torch
     from peft import prepare_model_for_kbit_training
 
     from recipes.common import adaptation, sft
@@ -185,6 +196,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         config.model, config.data, "CAUSAL_LM", run, quantization_config=quantisation_config(config.qlora)
     )
     check_targets(task.base, config.lora.target_modules, "lora")
+    keep_the_gradient(task.base)
     weights, size = measured_bytes(task.base)
     run.say(
         f"  qlora: {weights:,} weights in {size:,} bytes, {8 * size / weights:.3f} bits each; by the formula "
@@ -209,6 +221,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         run.say("  the model is sharded, so it is not merged here: adapter/ is the result")
         return figures
     full_precision = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)  # no autocast around it
+    for layer in four_bit_layers(full_precision).values():
+        layer.compute_dtype = torch.float32  # the difference of the weights is to be told, not bf16's rounding
     plain, figures["requantising_error"] = merged(full_precision, config, run)
     batch = next(iter(trainer.get_train_dataloader()))
     figures["merge_max_logit_difference"] = largest_difference(full_precision, plain.to(adapted.device), batch)

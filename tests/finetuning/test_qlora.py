@@ -45,7 +45,9 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def four_bit(folder: Path, double: bool = True) -> Any:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    qlora.keep_the_gradient(model)  # evaluated as it is trained, whatever the processor
+    return model
 
 
 def test_it_learns(trained: Any) -> None:
@@ -128,6 +130,24 @@ def test_the_error_of_requantising_is_that_of_peft_s_own_merge(trained: Any, cha
             error += (bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state) - wanted).square().sum().item()
             learned += (wanted - base[name]).square().sum().item()
     assert figures["requantising_error"] == pytest.approx((error / learned) ** 0.5, rel=1e-3)
+
+
+def test_gradients_after_an_evaluation_are_those_before_it(wide_model: Path) -> None:
+    """bitsandbytes' kernel for evaluation has none; where the processor has no such kernel, nothing is to be kept."""
+    model = four_bit(wide_model)
+    table = model.get_input_embeddings().weight  # below every quantised layer
+
+    def gradient() -> torch.Tensor:
+        model.train()
+        table.grad = None
+        model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+        return table.grad.clone()
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(**INPUTS)
+    assert before.abs().sum() > 0
+    torch.testing.assert_close(gradient(), before)
 
 
 @pytest.mark.slow
