@@ -9,7 +9,8 @@
 
 Each run is a recipe with its own laptop config, rates and sizes included, in a process of its own, since its peak memory
 is compared. Full fine-tuning is the measure: a method's share is how much of full's gain over the base it reaches.
-adapter_fusion and madx are left out: they put adapters of several tasks or languages together, which is another question.
+adapter_fusion, madx and multi_adapter are left out: they put adapters of several tasks or languages together, which is
+another question.
 
 The report is <root>/README.md, written anew after every method, the figures <root>/comparison.json. Other arguments go to
 every recipe: give them a --root of their own.
@@ -270,7 +271,7 @@ def report(found: dict[str, Found], steps: int | None) -> str:
         "out, so held-out losses may differ a little in what they are taken over; the questions that are checked are the same.",
         "Peak memory is that of the whole process, Python and the libraries included; a file is what a task adds to the base: "
         "the adapter, or for full fine-tuning the model. A run that was interrupted tells the seconds of its last part. The last column is what is known of a method in general, not a result "
-        "of this run. adapter_fusion and madx put adapters of several tasks or languages together, another question.",
+        "of this run. adapter_fusion, madx and multi_adapter put adapters of several tasks or languages together, another question.",
     ]
     for base, rows in found.items():
         about = BASES[base]

@@ -1,4 +1,4 @@
-"""The notebooks as they are committed, and the pretraining chapter's run again: no network, no finished run."""
+"""The notebooks as they are committed, and the chapters' run again: no network, no finished run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CHAPTER = ROOT / "notebooks/02_pretraining.ipynb"
+FINE_TUNING = ROOT / "notebooks/03_fine_tuning.ipynb"
 # What stands before the cells: a connection is an error, and a picture is counted instead of shown.
 BEFORE = """
 import socket
@@ -120,3 +121,14 @@ def test_a_finished_run_s_figures_are_shown_before_the_stored_ones(bare: Path, r
     told = run([sources[0], sources[-1], "print(losses['bart'], packages['bart'])"])
     assert "bart: this machine's run" in told and "gpt: benchmarks/recipes.json" in told
     assert "{'untrained': 9.0, 'unigrams': 7.0, 'pretrained': 3.0} {'from scratch': 0.25, 'pretrained': 0.5}" in told
+
+
+@pytest.mark.slow
+def test_the_fine_tuning_chapter_runs_without_network_or_runs(run: Any) -> None:
+    code = cells(FINE_TUNING, "code")
+    told = run([source(cell) for cell in code])
+    committed = sum("image/png" in o.get("data", {}) for cell in code for o in cell["outputs"])
+    assert told.count("picture 1") == told.count("picture") == committed
+    assert "this machine's run" not in told and "lora: benchmarks/recipes.json" in told
+    for line in ("by the formula 4.127", "'switch_max_logit_difference': 0.0"):  # on any machine
+        assert line in told and line in FINE_TUNING.read_text()

@@ -31,8 +31,8 @@ BOTH = [(base, method) for base in comparison.BASES for method in comparison.the
 
 def test_every_recipe_of_the_chapter_is_a_method_or_left_out_with_a_reason() -> None:
     recipes = {path.stem for path in (ROOT / "recipes" / "finetuning").glob("*.py")} - {"__init__"}
-    assert recipes - set(comparison.METHODS) == {"adapter_fusion", "madx"}
-    assert all(name in (comparison.__doc__ or "") for name in ("adapter_fusion", "madx"))
+    assert recipes - set(comparison.METHODS) == {"adapter_fusion", "madx", "multi_adapter"}
+    assert all(name in (comparison.__doc__ or "") for name in ("adapter_fusion", "madx", "multi_adapter"))
     assert set(comparison.there()) == recipes & set(comparison.METHODS)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.errors import UserError
@@ -189,7 +190,7 @@ def learn(
     trainer = make_trainer(task, model, training, run)
     if ready is not None:
         ready(trainer)
-    announce(task, trainer, run)
+    announce(task, trainer, run, evaluation)
     before = measure(task, trainer, evaluation, run, "before")
     fit(trainer, run, time_limit_minutes=settings.time_limit_minutes)
     after = measure(task, trainer, evaluation, run, "after")
@@ -218,16 +219,21 @@ def save(
     return size
 
 
-def announce(task: Task, trainer: Any, run: RunFolder) -> dict[str, torch.Tensor]:
-    """Check the first batch and say what is about to run; gives the batch."""
+def announce(task: Task, trainer: Any, run: RunFolder, evaluation: Evaluation | None = None) -> dict[str, torch.Tensor]:
+    """Check the first batch and say what is about to run; gives the batch. `evaluation`: how it will be measured."""
     from recipes.common import sft
     from recipes.common.preflight import preflight
     from recipes.common.training import total_steps
 
+    answers = None
+    if evaluation is not None:  # one batch of answers tells how much memory they take
+        few = replace(evaluation, max_samples=evaluation.batch_size)
+        answers = partial(measure, task, trainer, few, run, "dry run")
     if task.type == "CAUSAL_LM":
-        return sft.announce(trainer, run)
+        return sft.announce(trainer, run, answers)
     batch = next(iter(trainer.get_train_dataloader()))
-    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
+    options: Any = {"args": trainer.args, "total_steps": total_steps(trainer), "trainer": trainer, "answers": answers}
+    preflight(run, trainer.model, batch, **options)
     return batch
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from recipes.common import machine
 from recipes.common.errors import DryRunDone, UserError
+from recipes.common.memory_estimate import activation_bytes, memory_here, memory_per_device, numbers_of, try_step
 from recipes.common.run_folder import RunFolder
 from recipes.common.training import dtype_name, duration
 
@@ -15,11 +17,12 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; the laptop runs reach 0.25 to 0.5
+TRY_FLOPS = 5e12  # a dry run on a processor tries a step of no more: about half a minute of 0.2 TFLOP/s
 
 
 def count_parameters(model: Any, trainable_only: bool = False) -> int:
     """How many numbers the model holds (or learns); tied weights count once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+    return sum(numbers_of(p) for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
 def flops_per_token(model: Any, sequence_length: int) -> float:
@@ -38,23 +41,6 @@ def flops_per_token(model: Any, sequence_length: int) -> float:
     layers = getattr(config, "num_hidden_layers", 0)
     hidden = getattr(config, "hidden_size", 0)
     return 4 * total + 2 * learned + 12 * layers * hidden * sequence_length
-
-
-def memory_per_device(parameters: int, learned: int, activations: int, world_size: int) -> dict[str, float]:
-    """GiB a device for ZeRO stages 0 to 3 (Rajbhandari et al. 2020, section 3), mixed precision with fp32 Adam.
-
-    Weights held in fp32 under autocast: 4 bytes a parameter, 4 a gradient, 8 of Adam's two moments, for what learns.
-    Stage 1 shares the moments among the devices, 2 the gradients too, 3 the weights too.
-    """
-    weights, gradients, moments = 4 * parameters, 4 * learned, 8 * learned
-    n = world_size
-    stages = {
-        "zero0": weights + gradients + moments,
-        "zero1": weights + gradients + moments / n,
-        "zero2": weights + (gradients + moments) / n,
-        "zero3": (weights + gradients + moments) / n,
-    }
-    return {stage: (size + activations) / machine.GIB for stage, size in stages.items()}
 
 
 def check_batch(batch: dict[str, Any], model: nn.Module) -> None:
@@ -93,12 +79,19 @@ def preflight(
     args: TrainingArguments,
     total_steps: int,
     check: Callable[[dict[str, Any], nn.Module], None] = check_batch,
+    trainer: Any = None,
+    scored: int | None = None,
+    answers: Callable[[], Any] | None = None,
 ) -> None:
     """Check the first batch, say what is about to run, and end a dry run with an estimate.
 
     `batch` is one process's micro-batch, as the model will get it: a step has gradient_accumulation_steps of them on
-    every process. Sets flops_per_token and the parameter counts among the run's figures. Raises DryRunDone or UserError.
+    every process. `trainer` makes the estimate of memory better: its optimizer counts, and on a processor a dry run tries
+    a step, after `answers`, which measures a few held-out rows as the run will. `scored`: positions that have logits all at
+    once; default: all. Sets flops_per_token and the parameter counts
+    among the run's figures. Raises DryRunDone or UserError.
     """
+    import psutil
     import torch
 
     check(batch, model)
@@ -118,16 +111,22 @@ def preflight(
     if not run.dry:
         return
 
-    hidden, layers = getattr(model.config, "hidden_size", 0), getattr(model.config, "num_hidden_layers", 0)
-    vocabulary = getattr(model.config, "vocab_size", 0)
-    element = 4 if dtype_name(args) == "float32" else 2
-    # activations kept for the backward pass: about 17 h elements a token and layer (Korthikanti et al. 2022, eq. 1, without
-    # the attention matrix, which SDPA never holds), and the logits, which the loss holds twice in fp32
-    activations = int(micro_tokens * (17 * layers * hidden * element + 8 * vocabulary))
     dtype = dtype_name(args)
     peak = machine.peak_flops(dtype) * args.world_size
     seconds = total_steps * tokens * per_token / (peak * ASSUMED_MFU)
-    memory = memory_per_device(parameters, learned, activations, args.world_size)
+    activations = activation_bytes(model, batch, args, scored)
+    optimizer = getattr(trainer, "optimizer", None)
+    memory = memory_per_device(model, args, activations, optimizer)
+    here = ""
+    if args.device.type == "cpu":
+        quick = micro_tokens * per_token <= TRY_FLOPS
+        fits = memory["zero0"] * machine.GIB < psutil.virtual_memory().available
+        tried = trainer is not None and quick and fits and next(model.parameters()).device.type == "cpu"
+        trial = partial(try_step, trainer, batch, answers) if tried else None
+        size = memory_here(model, args, memory["zero0"], optimizer, trial)
+        how = "a step was tried" if tried else "no step was tried"
+        here = f"  memory here    {size:.2f} GiB for the whole process ({how})"
+    kept_in = str(next(p.dtype for p in model.parameters() if p.requires_grad)).removeprefix("torch.")
     shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
     supervised = batch["labels"] if isinstance(batch.get("labels"), torch.Tensor) else None
     lines = [
@@ -139,7 +138,8 @@ def preflight(
             else []
         ),
         f"  parameters     {parameters:,}, of which {learned:,} learn",
-        f"  precision      {dtype} products, fp32 master weights",
+        f"  precision      {dtype} products, {kept_in} weights that learn",
+        *([here] if here else []),
         f"  memory/device  {args.world_size} device(s): " + ", ".join(f"{k} {v:.2f} GiB" for k, v in memory.items()),
         f"                 of which activations {activations / machine.GIB:.2f} GiB for a micro-batch of {micro_tokens:,} tokens",
         f"  steps          {total_steps:,} x {tokens:,} tokens = {total_steps * tokens:,}",

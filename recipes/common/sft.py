@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from types import MethodType
@@ -64,13 +65,16 @@ def model_of(trainer: SFTTrainer) -> Any:
     return trainer.model
 
 
-def announce(trainer: SFTTrainer, run: RunFolder) -> dict[str, torch.Tensor]:
-    """Check the first batch and say what is about to run (`--dry-run` ends here); gives the batch."""
+def announce(trainer: SFTTrainer, run: RunFolder, answers: Callable[[], Any] | None = None) -> dict[str, torch.Tensor]:
+    """Check the first batch and say what is about to run (`--dry-run` ends here); gives the batch. `answers`: preflight's."""
     from recipes.common.preflight import preflight
     from recipes.common.training import total_steps
 
     batch = next(iter(trainer.get_train_dataloader()))
-    preflight(run, model_of(trainer), batch, args=trainer.args, total_steps=total_steps(trainer))
+    # TRL's fused head holds a few logits at a time, ours those of the tokens that are learned
+    scored = int((batch["labels"] != IGNORED).sum()) if scores_only_answers(trainer) else 0
+    options: Any = {"args": trainer.args, "total_steps": total_steps(trainer), "trainer": trainer, "scored": scored}
+    preflight(run, model_of(trainer), batch, answers=answers, **options)
     if scores_only_answers(trainer):
         # MFU must not count the products that are saved: the head's, for tokens that are not learned
         head = model_of(trainer).get_output_embeddings().weight
@@ -285,6 +289,7 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder
     if sharded(trainer):
         trainer.save_model(str(run.path / "model"))  # gathers; every process takes part
         if run.is_main:
+            (run.path / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, of what config.yaml says
             tokenizer.save_pretrained(run.path / "model")
     else:
         run.save_model(model_of(trainer), tokenizer)
