@@ -130,6 +130,7 @@ def fine_tune(
     from torch.nn import functional as F
     from transformers import get_linear_schedule_with_warmup, set_seed
 
+    from recipes.common.text_to_text import smoothed_loss
     from recipes.common.training import stop_at_nan
 
     set_seed(args.seed)
@@ -148,12 +149,15 @@ def fine_tune(
     losses = []
     for step, chosen in zip(range(settings.steps), batches, strict=False):
         batch = {name: value.to(device) for name, value in collate([rows[i] for i in chosen]).items()}
+        share = settings.label_smoothing
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            out = model(**batch)
-            loss = out.loss
-        if settings.label_smoothing is not None:
-            logits = out.logits.flatten(0, -2).float()  # (targets, classes or vocabulary)
-            loss = F.cross_entropy(logits, batch["labels"].flatten(), label_smoothing=settings.label_smoothing)
+            if share is None:
+                loss = model(**batch).loss
+            elif hasattr(model, "prepare_decoder_input_ids_from_labels"):
+                loss = smoothed_loss(model, batch, share)
+            else:
+                logits = model(**batch).logits.flatten(0, -2).float()  # (targets, classes or vocabulary)
+                loss = F.cross_entropy(logits, batch["labels"].flatten(), label_smoothing=share)
         losses.append(loss.item())
         stop_at_nan(losses[-1], step + 1, run)
         loss.backward()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from recipes.common.chat import encode_plain
 from recipes.common.downstream import Downstream, class_names, load_rows
+from recipes.common.errors import UserError
 from recipes.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -96,6 +97,20 @@ def load_questions(settings: Downstream) -> tuple[list[dict[str, Any]], list[dic
     pool, questions = load_rows(settings, "classification")
     class_names(pool, questions)
     return pool, questions
+
+
+def check_room(tokenizer: PreTrainedTokenizerBase, pool: list[dict[str, Any]], shots: int, length: int) -> None:
+    """Raise UserError if `shots` examples are more than `pool` has, or leave no token for each text in a prompt of `length`."""
+    if shots > len(pool):
+        raise UserError(f"gpt.shots: {shots} examples of {len(pool)} rows: ask for fewer, or raise downstream.labels")
+    longest = max(encode_plain(tokenizer, [f" {name}" for name in sorted({row["label"] for row in pool})]), key=len)
+    frame = {"text": "", "text_pair": None, "label": str(tokenizer.decode(longest)).strip()}
+    taken = len(prompt(tokenizer, [frame] * shots, frame, length)) + len(longest) + shots + 1
+    if taken > length:
+        raise UserError(
+            f"gpt.shots: a prompt with {shots} examples takes {taken} tokens at least, and gpt.block_length is {length}: "
+            "ask for fewer, or raise gpt.block_length"
+        )
 
 
 def ask_in_context(

@@ -55,6 +55,9 @@ def how_to_load(run: RunFolder) -> str:
         auto = {
             "ForCausalLM": "AutoModelForCausalLM",
             "ForSequenceClassification": "AutoModelForSequenceClassification",
+            "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+            "ForPreTraining": "AutoModelForPreTraining",
+            "BlankInfillingModel": "AutoModelForCausalLM",
         }
         name = next((cls for end, cls in auto.items() if architecture.endswith(end)), "AutoModel")
         lines = [

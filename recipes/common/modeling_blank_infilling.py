@@ -15,7 +15,8 @@ GPT-2's block is what the paper describes (section 2.3): layer norm before each 
 gives the tokens. transformers' own `Glm` classes are another model: the decoder-only GLM-4 with rotary positions.
 
 Importing this file registers the model's type, and then `AutoModelForCausalLM.from_pretrained(folder)` loads what was saved.
-It imports nothing of ours, so a copy of it serves elsewhere; no code is put beside the weights.
+It imports nothing of ours: the recipe puts a copy of it beside the weights, which serves where this repository is not. The
+config does not name it, so transformers never runs it by itself, and nothing needs trust_remote_code.
 """
 
 from __future__ import annotations

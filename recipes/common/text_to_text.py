@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from recipes.common.chat import encode_plain
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -39,9 +41,6 @@ def encode_pairs(
 
 def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
     """input_ids and attention_mask: (batch, longest source); labels: (batch, longest target), -100 behind the end."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     sources = [torch.tensor(pair.source) for pair in pairs]
     return {
         "input_ids": pad_sequence(sources, batch_first=True, padding_value=pad),
@@ -60,8 +59,6 @@ def write(
     beams: int = 1,
 ) -> list[str]:
     """What the model writes for each source, at most `tokens` tokens: greedily, or the best of a search with `beams`."""
-    import torch
-
     device = model.device
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].source))
     texts = [""] * len(pairs)
@@ -87,6 +84,70 @@ def bleu(written: Sequence[str], wanted: Sequence[str], tokenizer: str) -> tuple
     metric = BLEU(tokenize=tokenizer)
     score = metric.corpus_score(list(written), [list(wanted)])
     return score.score, f"{score.format(width=2)} {metric.get_signature()}"
+
+
+# --------------------------------------------------------------------------------------------------- smoothed targets
+
+
+class SmoothedCrossEntropy(torch.autograd.Function):
+    """Mean of -log p(y) under targets of which a share is spread over the whole vocabulary; -100 is left out.
+
+    With z the logits of a position and V of them,  loss = log sum exp z - (1 - share) z_y - share mean(z)  and
+    d loss / d z = softmax(z) - (1 - share) [y] - share / V: both are made a few rows at a time, so that the (tokens, vocabulary)
+    numbers, which a small model spends half of its step on, are never written out whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, share: float) -> Tensor:
+        """states: (tokens, hidden), of the dtype to compute in; weight: (vocabulary, hidden); labels: (tokens,)."""
+        table, counted = weight.to(states.dtype), labels != -100
+        to_states, to_weight = torch.empty_like(states), torch.zeros_like(weight)
+        total = torch.zeros((), device=states.device)
+        for h, y, real, out in zip(
+            *(x.split(256) for x in (states, labels.clamp(min=0), counted, to_states)), strict=True
+        ):
+            z = (h @ table.T).float()  # (rows, vocabulary)
+            norm = z.logsumexp(1, keepdim=True)
+            loss = norm[:, 0] - (1 - share) * z.gather(1, y[:, None])[:, 0] - share * z.mean(1)
+            total += (loss * real).sum()
+            z = z.sub_(norm).exp_().sub_(share / len(table))
+            z.scatter_add_(1, y[:, None], torch.full_like(norm, share - 1))
+            slope = (z * (real / counted.sum())[:, None]).to(states.dtype)
+            out.copy_(slope @ table)
+            to_weight.add_(slope.T @ h)
+        ctx.save_for_backward(to_states, to_weight)
+        return total / counted.sum()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
+        """Of the loss's own gradient, a number."""
+        to_states, to_weight = ctx.saved_tensors
+        return to_states * slope, to_weight * slope, None, None
+
+
+def smoothed_loss(model: Any, batch: dict[str, Tensor], share: float) -> Tensor:
+    """An encoder-decoder's loss on a batch of `batch_of`, its targets smoothed by `share`; the library's own is share 0.
+
+    The head is shown one position alone, and the loss reads what it would have read. (BART's bias of the logits is 0.)
+    """
+    head, caught = model.get_output_embeddings(), []
+
+    def first_alone(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        caught.append(inputs[0])  # (batch, seq, hidden), what the head reads
+        return (inputs[0][:1, :1],)
+
+    labels = batch["labels"]
+    hook = head.register_forward_pre_hook(first_alone)
+    try:
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        model(**given, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), use_cache=False)
+    finally:
+        hook.remove()
+    states = caught[0].flatten(0, 1)
+    if torch.is_autocast_enabled(states.device.type):
+        states = states.to(torch.get_autocast_dtype(states.device.type))
+    loss: Tensor = SmoothedCrossEntropy.apply(states, head.weight, labels.flatten(), share)
+    return loss
 
 
 # -------------------------------------------------------------------------------------------------------- mixtures

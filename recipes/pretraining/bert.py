@@ -23,6 +23,7 @@ Laptop result: RESULTS.md#bert.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,7 +78,7 @@ def join_documents(rows: Dataset, count: int, seed: int) -> Dataset:
     )  # fmt: skip
 
 
-def blocks_of(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
+def blocks_of(rows: Dataset, tokenizer: Any, length: int, side: str = "train") -> Dataset:
     """Documents as blocks of `length` tokens, each of one document: input_ids, words (the word each token is of), document."""
 
     def cut(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
@@ -92,10 +93,11 @@ def blocks_of(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
         return blocks
 
     blocks = rows.map(cut, batched=True, batch_size=100, with_indices=True, remove_columns=rows.column_names)
-    if len(blocks) == 0 or len(set(blocks["document"])) < 2:
+    documents = len(set(blocks["document"])) if len(blocks) else 0  # without a row there is no column either
+    if documents < 2:
         raise UserError(
-            f"data: {len(blocks)} block(s) of {length} tokens, all of one document: next-sentence prediction takes two "
-            "documents that are longer than that; give more text, or a smaller bert.row_length"
+            f"data: the {side} text gives {len(blocks)} block(s) of {length} tokens, of {documents} document(s): "
+            "next-sentence prediction takes two documents that are longer than that; give more text, or a smaller bert.row_length"
         )
     return blocks
 
@@ -153,6 +155,7 @@ def fill(model: Any, tokenizer: Any, batch: dict[str, Tensor], rows: int = 6) ->
     """Held-out rows as they are given, and what is put where a token is hidden: to be read."""
     import torch
 
+    model.eval()
     with torch.inference_mode():
         inputs = {n: v[:rows].to(model.device) for n, v in batch.items() if n not in ("labels", "next_sentence_label")}
         guesses = model(**inputs).prediction_logits.argmax(-1)
@@ -230,7 +233,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.draws import generator, numbered
     from recipes.common.held_out import unigram_loss
-    from recipes.common.masked_language import add_marks, sample
+    from recipes.common.masked_language import add_marks, marked, refuse_special_tokens_alone, sample
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.preflight import preflight
@@ -238,7 +241,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     bert, training = config.bert, config.training
     tokenizer: Any = load_tokenizer(config.model, run)
-    add_marks(tokenizer)
+    marked(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
     check(config, model)
     predict_hidden(model)
@@ -246,9 +249,18 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     data = load_data(config.data, "text")
     blocks, held_out = (
-        blocks_of(join_documents(data[side], bert.joined, training.seed), tokenizer, bert.row_length - 3)
+        blocks_of(join_documents(data[side], bert.joined, training.seed), tokenizer, bert.row_length - 3, side)
         for side in ("train", "validation")
     )
+    refuse_special_tokens_alone(blocks, tokenizer)
+    if bert.whole_words and all(len(set(row["words"])) == 1 for row in blocks.take(min(32, len(blocks)))):
+        raise UserError("bert.whole_words: this tokenizer does not cut a text into words first: all of it is one word")
+    left_out = 1 - len(set(blocks["document"])) / math.ceil(len(data["train"]) / bert.joined)
+    if left_out > 0.05:
+        run.say(
+            f"  data: {left_out:.0%} of the documents are shorter than {bert.row_length - 3} tokens, so no row is cut from them: "
+            "a smaller bert.row_length, or bert.joined, would use them"
+        )
 
     def rows_of(chosen: list[dict[str, Any]], source: Dataset, seed: int) -> dict[str, Tensor]:
         """Each block cut, joined and hidden by the randomness of its own draw; B comes from anywhere in `source`."""

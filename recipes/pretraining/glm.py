@@ -13,7 +13,7 @@ The spans are short (Poisson(3), 15 % of the text), whole sentences (15 %), or o
 class is a word in a blank, and an answer is a long blank at the end: the same weights do both, with nothing added.
 
 transformers' `Glm` classes are another model (GLM-4: decoder only, rotary positions, next-token prediction): this one is
-recipes/common/modeling_blank_infilling.py, and its file is saved beside the weights.
+recipes/common/modeling_blank_infilling.py; a copy of that file lies beside the weights.
 
 Du et al. 2022, https://arxiv.org/abs/2103.10360
 
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -35,7 +36,7 @@ from recipes.common.config import Section
 from recipes.common.downstream import Downstream
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
-from recipes.common.run_folder import RunFolder
+from recipes.common.run_folder import RunFolder, write_atomically
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
@@ -46,6 +47,19 @@ if TYPE_CHECKING:
 
     from recipes.common.blank_infilling import Marks
     from recipes.common.modeling_blank_infilling import BlankInfillingModel
+
+
+CARD = """The architecture is `modeling_blank_infilling.py` beside the weights (torch and transformers, nothing of ours). Importing it
+registers the model's type; transformers never runs it by itself:
+
+```python
+import modeling_blank_infilling  # with the model's folder on sys.path; here: recipes.common.modeling_blank_infilling
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+```
+
+`recipes.common.blank_infilling` makes its inputs (`infill`, `batch_of`) and writes with it (`write`)."""
 
 
 @dataclass
@@ -224,24 +238,26 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
     from transformers import Trainer
 
-    from recipes.common import modeling_blank_infilling  # noqa: F401  registers the model's type
+    from recipes.common import modeling_blank_infilling  # registers the model's type
     from recipes.common.blank_infilling import OBJECTIVES, Corrupter, add_marks, batch_of, sentence_marks
     from recipes.common.data import load_data
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
+    from recipes.common.masked_language import marked, refuse_special_tokens_alone
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
 
     glm, training = config.glm, config.training
     tokenizer = load_tokenizer(config.model, run)
-    marks = add_marks(tokenizer)
+    marks = marked(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run)
     check(config, model)
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, glm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, glm.block_length)]
+    refuse_special_tokens_alone(blocks, tokenizer)
     corrupt = Corrupter(marks, sentence_marks(tokenizer), glm.mix, glm.mask_rate, glm.mean_span, glm.shortest_document)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -263,6 +279,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     figures = pretrain_and_score(
         trainer, tokenizer, held_out_batches(), run, time_limit_minutes=config.run.time_limit_minutes
     )
+    if run.is_main:
+        code = Path(modeling_blank_infilling.__file__)
+        write_atomically(run.path / "model" / code.name, code.read_bytes())
+    run.card(CARD)
     for objective in OBJECTIVES:
         figures[f"eval_loss_{objective}"] = mean_loss(model, held_out_batches(objective, 200), training)
 

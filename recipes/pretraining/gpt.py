@@ -89,15 +89,6 @@ def check(config: Config) -> None:
         )
     if shape.get("tie_word_embeddings") is False:
         problems.append("model.config.tie_word_embeddings: false: a GPT's head is its embedding (GPT-1, equation 2)")
-    positions = shape.get("n_positions") or shape.get("max_position_embeddings")
-    for name, length in (
-        ("gpt.block_length", gpt.block_length),
-        ("downstream.max_length", config.downstream.max_length),
-    ):
-        if positions and length > positions:
-            problems.append(
-                f"{name} is {length}, but the model has {positions} positions: lower it, or give more positions"
-            )
     if gpt.in_context and kind == "openai-gpt":
         problems.append(
             "gpt.in_context: GPT-1 is fine-tuned (gpt.tasks), and has no cache of what it read: leave it out"
@@ -106,6 +97,27 @@ def check(config: Config) -> None:
         problems.append(f"gpt.auxiliary_loss is {gpt.auxiliary_loss}: a share of a loss is 0 or above; GPT-1 used 0.5")
     if any(count < 0 for count in gpt.shots):
         problems.append(f"gpt.shots: {list(gpt.shots)}: a prompt holds 0 examples or more")
+    if gpt.in_context and not gpt.shots:
+        problems.append(
+            "gpt.shots: no number of examples to ask gpt.in_context with: give [0], or leave gpt.in_context out"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def check_lengths(config: Config, positions: int | None) -> None:
+    """Raise UserError for samples that are longer than the model has positions, or too short to hold anything."""
+    lengths = {"gpt.block_length": config.gpt.block_length}
+    if config.gpt.tasks:
+        lengths["downstream.max_length"] = config.downstream.max_length
+    problems = [
+        f"{name} is {length}, but the model has {positions} positions: lower it, or give more positions"
+        for name, length in lengths.items()
+        if positions is not None and length > positions
+    ]
+    problems += [
+        f"{name} is {length} tokens, too short: use 8 at least" for name, length in lengths.items() if length < 8
+    ]
     if problems:
         raise UserError(problems)
 
@@ -156,7 +168,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.generation import continue_prompts
     from recipes.common.gpt_tasks import compare_on_task, load_task
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
-    from recipes.common.in_context import ask_in_context, load_questions
+    from recipes.common.in_context import ask_in_context, check_room, load_questions
+    from recipes.common.masked_language import refuse_special_tokens_alone
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
@@ -167,10 +180,12 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     if gpt.optimizer == "muon":
         refuse_muon_on_shards(training)
     tokenizer, model = make_model(config, run)
+    check_lengths(config, getattr(model.config, "max_position_embeddings", None))
     fuse_next_token_loss(model)
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, gpt.block_length)
+    refuse_special_tokens_alone(blocks, tokenizer)
     texts = [row["text"] for row in data["validation"]]
     held_out, tokens_per_character = held_out_blocks(texts, tokenizer, gpt.block_length)
 
@@ -179,6 +194,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     tasks = [load_task(kind, settings(source), tokenizer, training.seed) for source, kind in gpt.tasks.items()]
     questions = load_questions(settings(gpt.in_context)) if gpt.in_context else None
+    if questions is not None:
+        check_room(tokenizer, questions[0], max(gpt.shots), gpt.block_length)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)  # (batch, block_length)

@@ -22,6 +22,7 @@ Laptop result: RESULTS.md#llama.
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
 from recipes.common.config import Section
+from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
@@ -111,6 +113,19 @@ def bits_per_byte(
     return total / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
+def unigram_bits_per_byte(blocks: Any, tokenizer: PreTrainedTokenizerBase, held_out: list[str]) -> float:
+    """Bits a byte of the held-out texts under the frequencies of two million training tokens, which see no context."""
+    import torch
+
+    from recipes.common.held_out import unigram_loss
+
+    rows = (row["input_ids"] for row in blocks)
+    seen = [torch.tensor(list(itertools.islice(itertools.chain.from_iterable(rows), 2_000_000)))]
+    ids = [torch.tensor(tokens, dtype=torch.long) for tokens in encode_plain(tokenizer, held_out)]
+    nats = unigram_loss(seen, ids, len(tokenizer)) * sum(map(len, ids))
+    return nats / math.log(2) / sum(len(text.encode()) for text in held_out)
+
+
 def xz_bits_per_byte(training: list[str], held_out: list[str]) -> dict[str, float]:
     """What `xz -9` needs for the held-out text alone, and on top of the training text: the compressor's own kind of learning."""
 
@@ -132,6 +147,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.fused_loss import fuse_next_token_loss
     from recipes.common.generation import continue_prompts
+    from recipes.common.masked_language import refuse_special_tokens_alone
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
@@ -143,10 +159,17 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         refuse_muon_on_shards(training)
     tokenizer = load_tokenizer(config.model, run)
     model = load_model(config.model, tokenizer, run)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and llama.block_length > positions:
+        raise UserError(
+            f"llama.block_length is {llama.block_length}, but the model has {positions} positions "
+            "(model.config.max_position_embeddings): lower the one, or raise the other"
+        )
     fuse_next_token_loss(model)
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, llama.block_length, mask_documents=llama.mask_documents)
+    refuse_special_tokens_alone(blocks, tokenizer)
     held_out = [row["text"] for row in data["validation"]]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -175,6 +198,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )
     batch = next(iter(trainer.get_train_dataloader()))
     preflight(run, model, batch, args=training, total_steps=total_steps(trainer))
+    unigram = unigram_bits_per_byte(blocks, tokenizer, held_out)
+    untrained = bits_per_byte(
+        model, tokenizer, held_out[:8], llama.block_length, llama.evaluation_stride, training.bf16
+    )
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     run.save_model(model, tokenizer)
     run.plot_curve("loss", "loss")
@@ -182,6 +209,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     sizes = {"eval_bytes": sum(len(text.encode()) for text in held_out)}
     scored = bits_per_byte(model, tokenizer, held_out, llama.block_length, llama.evaluation_stride, training.bf16)
     baseline = xz_bits_per_byte([row["text"] for row in data["train"]], held_out) if llama.compare_with_xz else {}
+    baseline |= {"unigram_bits_per_byte": unigram, "untrained_bits_per_byte": untrained}
     return {"bits_per_byte": scored, **baseline, **sizes}
 
 

@@ -200,10 +200,11 @@ def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: An
 
 
 def make_optimizer(model: Any, args: transformers.TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
-    """Muon on the hidden matrices; those of the queries learn slower.
+    """Muon on the hidden matrices; those of the queries learn slower, and so do the norms.
 
     T5's attention does not divide q k^T by sqrt(d_kv): the queries' matrices start that much smaller instead, so they have to
-    learn that much slower too, or the attention saturates.
+    learn that much slower too, or the attention saturates. The norms' gains take no more than the matrices' rate: at
+    the embeddings', 3e-2, the encoder's last one fell from 1 to 0.27 in 400 steps, while the decoder hardly used its source.
     """
     from recipes.common.optimizers import muon_with_adamw
 
@@ -214,6 +215,9 @@ def make_optimizer(model: Any, args: transformers.TrainingArguments, muon_learni
     group["params"] = [p for p in group["params"] if id(p) not in apart]
     rate = muon_learning_rate / model.config.d_kv**0.5
     optimizer.muon.add_param_group({**group, "params": queries, "lr": rate})
+    for group in optimizer.adamw.param_groups:
+        if all(p.ndim == 1 for p in group["params"]):
+            group["lr"] = min(args.learning_rate, muon_learning_rate)
     return optimizer
 
 
@@ -260,6 +264,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.downstream import two_starts
     from recipes.common.draws import generator, numbered, pretrain_and_score
+    from recipes.common.masked_language import marked, refuse_special_tokens_alone
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.packing import pack_texts
     from recipes.common.span_corruption import add_sentinels, corrupt, longest_text, noise_mask
@@ -267,7 +272,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     t5, training = config.t5, config.training
     tokenizer = load_tokenizer(config.model, run)
-    sentinels = add_sentinels(tokenizer, t5.sentinels)
+    sentinels = marked(lambda tokenizer: add_sentinels(tokenizer, t5.sentinels), tokenizer, config.model, run)
     model: Any = load_model(
         config.model, tokenizer, run, AutoModelForSeq2SeqLM, decoder_start_token_id=tokenizer.pad_token_id
     )
@@ -277,6 +282,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, text_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, text_length)]
+    refuse_special_tokens_alone(blocks, tokenizer)
 
     def spans_cut(texts: list[list[int]], draws: list[int], seed: int) -> dict[str, Tensor]:
         """input_ids: (batch, inputs), labels: (batch, targets); all texts have one length, so there is no padding."""

@@ -34,6 +34,7 @@ import json
 import os
 import random
 import re
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -455,14 +456,15 @@ def smaller_bpe(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> Pre
 
 EXAMPLES = (
     "unfortunately",
+    "人工智能正在改变我们的生活。",
     "Unfortunately, the unhappiest tokenizers misbehave.",
     "计算12加30是多少？",
-    "人工智能正在改变我们的生活。",
     "1234567 + 89 = 1234656",
     "    for i in range(10):\n        if not i % 2:\n            return self.items[i]\n",
     "გამარჯობა 🦜",
     "a user types <|end|> here",
 )
+AT_A_GLANCE = EXAMPLES[:2]  # on the screen and in the model card; all of them are in samples/
 
 
 @functools.cache
@@ -488,11 +490,11 @@ def readable(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
     return shown
 
 
-def show_splits(tokenizers: Mapping[Kind, PreTrainedTokenizerFast]) -> str:
+def show_splits(tokenizers: Mapping[Kind, PreTrainedTokenizerFast], examples: Sequence[str]) -> str:
     """How each tokenizer splits the examples, with the number of tokens."""
     width = max(map(len, tokenizers))
     blocks = []
-    for text in EXAMPLES:
+    for text in examples:
         rows = [(kind, readable(tokenizer, text)) for kind, tokenizer in tokenizers.items()]
         lines = [f"  {kind:<{width}} {len(tokens):>3}  {' │ '.join(tokens)}" for kind, tokens in rows]
         blocks.append("\n".join([repr(text), *lines]))
@@ -620,12 +622,15 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     table = comparison(measured)
     width = max(len(row[0]) for row in table)
     run.say("\n" + "\n".join(f"  {row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in table))
-    run.sample("splits.txt", show_splits(tokenizers))
+    glance = show_splits(tokenizers, AT_A_GLANCE)
+    run.say("\n" + textwrap.indent(glance, "  "))
+    run.sample("splits.txt", show_splits(tokenizers, EXAMPLES))
     run.plot("bytes_per_token", draw_domains(measured))
     if "bpe" in tokenizers:
         run.plot("vocabulary_size", draw_sizes(tokenizers["bpe"], held_out, measured))
     markdown = [f"| {' | '.join(row)} |" for row in table]
     run.card("\n".join([markdown[0], "|---" + "|---:" * len(measured) + "|", *markdown[1:]]))
+    run.card(f"How they split a word and a sentence, each with its number of tokens:\n\n```text\n{glance}```")
     run.card(
         "Encode training text with `tokenizer(text, split_special_tokens=True)`: without it, a document that holds the "
         "characters `<|end|>` yields the control token. The chat template does the same for messages. "

@@ -14,7 +14,7 @@
 the sequence-to-sequence one to write: a [MASK] is put after what is written, and what it predicts takes its place.
 
 The model is BERT: what is saved loads with AutoModelForPreTraining or AutoModelForMaskedLM. The masks are in
-recipes/common/prefix_masks.py, and are passed as a 4-D attention_mask.
+recipes/common/prefix_masks.py, and are passed as a 4-D attention_mask; a copy of that file lies beside the weights.
 
 Dong et al. 2019, https://arxiv.org/abs/1905.03197
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -36,7 +37,7 @@ from recipes.common.config import Section
 from recipes.common.downstream import Downstream
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
-from recipes.common.run_folder import RunFolder
+from recipes.common.run_folder import RunFolder, write_atomically
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recipes.common.prefix_masks import Marks
+
+
+CARD = """The weights are a plain BERT's. Its four masks are in `prefix_masks.py` beside them (numpy and torch, nothing of ours):
+
+```python
+from transformers import AutoModelForPreTraining, AutoTokenizer
+from prefix_masks import add_marks, write  # with the model's folder on sys.path; here: recipes.common.prefix_masks
+
+model, tokenizer = AutoModelForPreTraining.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+written = write(model, [tokenizer(source, add_special_tokens=False)["input_ids"]], add_marks(tokenizer), 32)
+```"""
 
 
 @dataclass
@@ -220,9 +232,11 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Data, model, objective, train, evaluate, fine-tune from two starts, save."""
     from transformers import AutoModelForPreTraining, Trainer
 
+    from recipes.common import prefix_masks
     from recipes.common.data import load_data
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
+    from recipes.common.masked_language import marked, refuse_special_tokens_alone
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
@@ -237,7 +251,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     unilm, training = config.unilm, config.training
     tokenizer = load_tokenizer(config.model, run)
-    marks = add_marks(tokenizer)
+    marks = marked(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
     check(config, model)
     train_on_cloze(model)
@@ -245,6 +259,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, unilm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
+    refuse_special_tokens_alone(blocks, tokenizer)
 
     def corrupt(texts: list[list[int]], draws: list[int], seed: int, kind: int | None = None) -> dict[str, Tensor]:
         others = [*texts[1:], texts[0]]  # where the wrong next segments come from
@@ -278,11 +293,30 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )
     for kind, name in enumerate(KINDS):
         figures[f"eval_loss_{name}"] = mean_loss(model, cloze_alone(held_out_batches(kind, 200)), training)
-    figures["next_sentence_accuracy"] = next_sentence_accuracy(model, held_out_batches(BIDIRECTIONAL), training)
+    asked = [
+        corrupt([held_out[i] for i in some], some, 0, BIDIRECTIONAL) for some in random_batches(len(held_out), size=32)
+    ]
+    if asked:  # a single block has no other to be put beside
+        figures["next_sentence_accuracy"] = next_sentence_accuracy(model, asked, training)
+    if run.is_main:  # the masks, for whoever loads the model without this repository; transformers never runs the file
+        code = Path(prefix_masks.__file__)
+        write_atomically(run.path / "model" / code.name, code.read_bytes())
+    run.card(CARD)
 
     figures |= compare_classification(config, run, tokenizer, marks, model)
     figures |= compare_generation(config, run, tokenizer, marks, model)
     return figures
+
+
+def random_batches(blocks: int, size: int) -> list[list[int]]:
+    """Numbers of blocks by `size`, in an order of its own, an even number in each: as in training, a wrong segment is any text's.
+
+    In the files' order it would be the next block's, of the same text. A single block at the end would have none but its own.
+    """
+    import numpy as np
+
+    order = np.random.default_rng(0).permutation(blocks)[: blocks // 2 * 2].tolist()
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def next_sentence_accuracy(model: Any, batches: list[dict[str, Tensor]], args: transformers.TrainingArguments) -> float:

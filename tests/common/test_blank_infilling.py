@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_chat import make_tokenizer
 
+from recipes.common import blank_infilling
 from recipes.common.blank_infilling import (
     Corrupter,
     Marks,
@@ -151,14 +152,37 @@ def test_masked_sentences_are_whole_ones_and_cover_the_rate() -> None:
 # ------------------------------------------------------------------------------------------------ the sample
 
 
-def test_the_mix_is_drawn_in_its_shares(corrupt: Corrupter, tokenizer: Any) -> None:
+def test_the_mix_is_drawn_in_its_shares(corrupt: Corrupter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokenizer("A sentence. " * 8, add_special_tokens=False)["input_ids"]
-    marks, kinds = corrupt.marks, Counter()
-    for rng in draws(4000):
-        sample = corrupt(ids, rng)
-        cut = sum(label not in (-100, marks.stop) for label in sample.labels)
-        kinds["document" if cut >= len(ids) / 2 else "short"] += 1
-    assert abs(kinds["document"] / 4000 - 0.25) < 0.03
+    kinds: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        plain = getattr(blank_infilling, name)
+        monkeypatch.setattr(blank_infilling, name, lambda *given: (kinds.update([name]), plain(*given))[1])
+
+    for name in ("token_spans", "sentence_spans", "document_span"):
+        count(name)
+    for rng in draws():
+        corrupt(ids, rng)
+    for name, share in (("token_spans", 0.5), ("sentence_spans", 0.25), ("document_span", 0.25)):
+        assert kinds[name] / 10_000 == pytest.approx(share, abs=0.02), name  # 4 standard errors
+    assert kinds.total() == 10_000
+
+
+def test_part_a_does_not_know_what_was_cut_out(corrupt: Corrupter, tokenizer: Any) -> None:
+    """Other tokens in the spans: Part A, and all positions, stay as they are."""
+    ids = tokenizer("To be or not to be, that is the question. " * 3, add_special_tokens=False)["input_ids"]
+    for rng in draws(200):
+        spans = token_spans(len(ids), 0.15, 3.0, rng)
+        inside = {i for start, stop in spans for i in range(start, stop)}
+        order = rng.permutation(len(spans)).tolist()
+        sample, other = (
+            infill(text, spans, order, corrupt.marks)
+            for text in (ids, [ids[0] if i in inside else token for i, token in enumerate(ids)])
+        )
+        n = sample.context_length
+        assert sample.tokens[:n] == other.tokens[:n] and sample.context_length == other.context_length
+        assert (sample.positions, sample.span_positions) == (other.positions, other.span_positions)
 
 
 @pytest.mark.parametrize("objective", ["token", "sentence", "document"])

@@ -130,6 +130,18 @@ def test_infilling_keeps_the_rest_and_never_grows() -> None:
         assert len(made) == 50 - spans.sum() + len(spans) <= 50
 
 
+@pytest.mark.parametrize("kind", ["token_masking", "token_deletion", "text_infilling"])
+def test_what_is_hidden_leaves_no_trace(kind: denoising.Corruption) -> None:
+    """Other tokens in the places that are masked, deleted or filled in: the same corrupted text."""
+    place = np.arange(100, 150)  # each token says where it stands, so what is left over says which places are hidden
+    for seed in range(200):
+        left = corrupt(place, [kind], LETTERS, np.random.default_rng(seed), 0.3, 3.0)
+        hidden = ~np.isin(place, left)
+        assert hidden.sum() == 15  # 0.3 of 50
+        other = np.where(hidden, place + 500, place)
+        assert corrupt(other, [kind], LETTERS, np.random.default_rng(seed), 0.3, 3.0).tolist() == left.tolist()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_does_what_it_says_and_a_seed_gives_it_again(kind: denoising.Corruption) -> None:
     text = np.array([ord(c) for c in "abcdefgh.ijklmnop.qrstuvwxyz." * 3])

@@ -185,6 +185,17 @@ def test_a_prompt_is_examples_with_answers_and_a_question_without(tokenizer: Any
     assert tokenizer.decode(cut).count("Answer:") == 3 and tokenizer.decode(cut).endswith("\nAnswer:")
 
 
+def test_a_prompt_that_has_no_room_is_refused_and_one_that_just_has_fits(tokenizer: Any) -> None:
+    pool = [{"text": "cat" * 50, "text_pair": None, "label": label} for label in ("animal", "bird", "animal")]
+    least = len("Text: a\nAnswer: animal\n\n") * 2 + len("Text: a\nAnswer: animal")  # a token is a byte here
+    in_context.check_room(tokenizer, pool, 2, least)
+    assert len(in_context.prompt(tokenizer, [pool[0]] * 2, pool[0], least - len(" animal"))) == least - len(" animal")
+    with pytest.raises(UserError, match=f"gpt.shots: a prompt with 2 examples takes {least} tokens"):
+        in_context.check_room(tokenizer, pool, 2, least - 1)
+    with pytest.raises(UserError, match="4 examples of 3 rows"):
+        in_context.check_room(tokenizer, pool, 4, 10_000)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
 @pytest.mark.parametrize("endings", [[[11], [12, 13, 14], [15, 16]], [[11], [12]]])
 def test_the_likelihood_of_an_ending_is_the_sum_over_its_tokens(kind: str, endings: list[list[int]]) -> None:

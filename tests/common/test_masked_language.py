@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_chat import make_tokenizer
 
-from recipes.common.masked_language import ANOTHER, FOLLOWS, IGNORED, add_marks, choose, hide, sample, segments
+from recipes.common.errors import UserError
+from recipes.common.masked_language import (
+    ANOTHER,
+    FOLLOWS,
+    IGNORED,
+    add_marks,
+    choose,
+    hide,
+    marked,
+    refuse_special_tokens_alone,
+    sample,
+    segments,
+)
+from recipes.common.run_folder import RunFolder
+from recipes.common.sections import Model
 
 PLAIN = np.arange(10, 110)
 MASK = 5
@@ -50,6 +66,24 @@ def test_a_seed_gives_the_tokens_that_the_plain_way_gives() -> None:
         assert hide(ids, choose(range(100), 0.3, False, quickly), MASK, PLAIN, quickly)[0] == wanted
 
 
+def test_a_hidden_token_leaves_no_trace_in_the_row() -> None:
+    """Another token in a hidden place: the same inputs, so the same predictions everywhere; where it stays, it alone differs."""
+    left_out = 0
+    for seed in range(200):
+        ids, random = list(range(200, 300)), rng(seed)
+        chosen = choose(range(100), 0.15, False, random)
+        place = int(chosen[seed % len(chosen)])
+        inputs, labels = hide(ids, chosen, MASK, PLAIN, rng(seed))
+        changed, other_labels = hide([*ids[:place], 999, *ids[place + 1 :]], chosen, MASK, PLAIN, rng(seed))
+        if inputs[place] == ids[place]:  # one of the tenth that stay
+            assert changed == [*inputs[:place], 999, *inputs[place + 1 :]]
+        else:
+            assert changed == inputs
+            left_out += 1
+        assert other_labels == [*labels[:place], 999, *labels[place + 1 :]]
+    assert left_out / 200 == pytest.approx(0.9, abs=0.08)
+
+
 def test_random_tokens_are_plain_ones() -> None:
     ids = [200] * 2_000
     inputs, _ = hide(ids, np.arange(2_000), MASK, PLAIN, rng())
@@ -80,13 +114,13 @@ def test_at_least_one_token_is_hidden_and_a_seed_repeats_it() -> None:
 def test_half_of_the_second_texts_follow_and_all_have_the_blocks_length() -> None:
     block, other = list(range(40)), list(range(100, 140))
     labels = Counter()
-    for seed in range(2_000):
+    for seed in range(10_000):
         a, b, label = segments(block, other, rng(seed))
         labels[label] += 1
         assert len(a) + len(b) == 40 and 10 <= len(a) < 30
         assert list(a) == block[: len(a)]
         assert list(b) == (block[len(a) :] if label == FOLLOWS else other[: len(b)])
-    assert labels[FOLLOWS] / 2_000 == pytest.approx(0.5, abs=0.05) and set(labels) == {FOLLOWS, ANOTHER}
+    assert labels[FOLLOWS] / 10_000 == pytest.approx(0.5, abs=0.02) and set(labels) == {FOLLOWS, ANOTHER}
 
 
 def test_a_row_has_berts_form_and_gives_the_text_back() -> None:
@@ -136,3 +170,55 @@ def test_the_tokenizer_gives_one_text_or_two_in_berts_form() -> None:
     assert tokenizer.decode(pair["input_ids"]).replace(" ", "") == "[CLS]ab[SEP]cd[SEP]"
     ends = pair["input_ids"].index(tokenizer.sep_token_id)
     assert pair["token_type_ids"] == [0] * (ends + 1) + [1] * (len(pair["input_ids"]) - ends - 1)
+
+
+# ------------------------------------------------------------------------------------ what a tokenizer may lack
+
+
+def test_missing_marks_are_added_and_said_to_a_fresh_model(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, run = make_tokenizer(), RunFolder(Path("nowhere"), recipe="bert", dry=True)
+    size = len(tokenizer)
+    assert (
+        marked(lambda given: (add_marks(given), "what it gives")[1], tokenizer, Model(config={}), run)
+        == "what it gives"
+    )
+    assert len(tokenizer) == size + 3 and "[CLS], [SEP], [MASK]" in capsys.readouterr().out
+    marked(add_marks, tokenizer, Model(config={}), run)
+    assert capsys.readouterr().out == ""  # nothing is missing now
+
+
+def test_a_pretrained_model_without_marks_is_refused_with_the_way_to_add_them() -> None:
+    """And the way that is said works."""
+    from transformers import BertConfig, BertForPreTraining
+
+    tokenizer, run = make_tokenizer(), RunFolder(Path("nowhere"), recipe="bert", dry=True)
+    size = len(tokenizer)
+    with pytest.raises(UserError, match=r"has no \[CLS\], \[SEP\], \[MASK\].*add_tokens.*resize_token_embeddings"):
+        marked(add_marks, tokenizer, Model(name="theirs"), run)
+
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForPreTraining(BertConfig(vocab_size=size, **sizes))
+    tokenizer.add_tokens(["[CLS]", "[SEP]", "[MASK]"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    marked(add_marks, tokenizer, Model(name="ours"), run)
+    assert tokenizer.mask_token_id == size + 2 < model.get_input_embeddings().weight.shape[0]
+
+
+def test_a_hundred_missing_sentinels_are_not_all_listed() -> None:
+    from recipes.common.span_corruption import add_sentinels
+
+    run = RunFolder(Path("nowhere"), recipe="t5", dry=True)
+    with pytest.raises(UserError, match=r"<extra_id_0>, <extra_id_1>, \.\.\., <extra_id_99>") as refused:
+        marked(add_sentinels, make_tokenizer(), Model(name="theirs"), run)
+    assert "<extra_id_50>" not in str(refused.value)
+
+
+def test_texts_of_special_tokens_alone_are_refused() -> None:
+    tokenizer = make_tokenizer()
+    end, letter = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    blank: list[dict[str, Any]] = [{"input_ids": [end] * 4}] * 40
+    with pytest.raises(UserError, match=r"special tokens alone \(<\|end\|>\).*make tokenizer"):
+        refuse_special_tokens_alone(blank, tokenizer)
+    refuse_special_tokens_alone([*blank[:8], {"input_ids": [end, letter]}], tokenizer)
+    refuse_special_tokens_alone([], tokenizer)  # a stream that is empty is another error's matter

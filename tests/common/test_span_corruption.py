@@ -79,6 +79,17 @@ def test_any_mask_can_be_rebuilt() -> None:
     assert inputs.tolist() == [SENTINELS[0], END] and targets.tolist() == [SENTINELS[0], *text, END]
 
 
+def test_what_is_cut_out_leaves_no_trace_in_the_inputs() -> None:
+    """Other tokens in the cut places: the same inputs; other tokens in the kept ones: the same targets."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text, other = rng.integers(10, 1000, 60), rng.integers(1000, 2000, 60)
+        noise = noise_mask(60, RATE, SPAN, rng)
+        inputs, targets = corrupt(text, noise, SENTINELS, END)
+        assert corrupt(np.where(noise, other, text), noise, SENTINELS, END)[0].tolist() == inputs.tolist()
+        assert corrupt(np.where(noise, text, other), noise, SENTINELS, END)[1].tolist() == targets.tolist()
+
+
 def test_rates_and_span_lengths_over_10_000_draws() -> None:
     rng = np.random.default_rng(0)
     size = 141

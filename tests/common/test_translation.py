@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recipes.common.downstream import Downstream, batches_of, fine_tune, written_score
-from recipes.common.text_to_text import Pair, bleu
+from recipes.common.text_to_text import Pair, batch_of, bleu, smoothed_loss
 
 WRITTEN = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
 WANTED = ["The dog bit the man.", "It was not surprising.", "The man had bitten the dog."]
@@ -100,3 +100,63 @@ def test_smoothed_targets_are_a_mixture_with_the_uniform_one_and_padding_counts_
     plain = -(logp[0, 3] + logp[1, 4]).item() / 2
     assert first_loss(None) == pytest.approx(plain)
     assert first_loss(0.1) == pytest.approx(0.9 * plain + 0.1 * -logp.mean().item())
+
+
+def encoder_decoder(kind: str) -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+        return T5ForConditionalGeneration(T5Config(vocab_size=60, decoder_start_token_id=0, **sizes))
+    sizes = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in (("layers", 1), ("ffn_dim", 64))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(
+        vocab_size=60, d_model=32, max_position_embeddings=64, dropout=0.0, init_std=0.2, **sizes, **heads
+    )
+    config.pad_token_id, config.decoder_start_token_id = 0, 2
+    return BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_smoothed_loss_without_logits_is_the_one_on_the_library_s_logits_with_its_gradients(
+    kind: str, bf16: bool
+) -> None:
+    """Of 600 targets: three pieces. Also share 0, which is the library's own loss, and beside a source encoder's model."""
+    model = encoder_decoder(kind)
+    rng = torch.Generator().manual_seed(1)
+    rows = [
+        Pair(*(torch.randint(3, 60, (n,), generator=rng).tolist() for n in (5 + i % 7, 9 + i % 13))) for i in range(40)
+    ]
+    batch = batch_of(rows, 0)
+    for share in (0.0, 0.1):
+        found = []
+        for ours in (False, True):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                if ours:
+                    loss = smoothed_loss(model, batch, share)
+                else:
+                    out = model(**batch)
+                    logits = out.logits.flatten(0, 1).float()
+                    loss = F.cross_entropy(logits, batch["labels"].flatten(), label_smoothing=share)
+                    if share == 0:
+                        assert loss.item() == pytest.approx(out.loss.item(), rel=1e-2 if bf16 else 1e-6)
+            loss.backward()
+            found.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+        assert found[1][0] == pytest.approx(found[0][0], rel=5e-3 if bf16 else 1e-6)
+        for name, gradient in found[0][1].items():  # that of a key's bias is 0: attention does not know it
+            apart, least = (found[1][1][name] - gradient).norm(), 2e-3 if bf16 else 1e-6
+            assert apart < (0.05 if bf16 else 1e-4) * gradient.norm() + least, (name, apart)
+        assert model.get_output_embeddings()._forward_pre_hooks == {}  # the head is whole again
+
+
+def test_fine_tuning_takes_the_smoothed_loss_of_an_encoder_decoder() -> None:
+    args: Any = SimpleNamespace(seed=0, device=torch.device("cpu"), bf16=False)
+    batch = batch_of([Pair([5, 6, 1], [7, 1]), Pair([5, 1], [8, 9, 1])], 0)
+    settings = Downstream(steps=1, batch_size=1, label_smoothing=0.1)
+    (first,) = fine_tune(encoder_decoder("t5"), [0], lambda _: batch, settings, args, SimpleNamespace())  # type: ignore[arg-type]
+    logits = encoder_decoder("t5")(**batch).logits.flatten(0, 1)
+    wanted = F.cross_entropy(logits, batch["labels"].flatten(), label_smoothing=0.1)
+    assert first == pytest.approx(wanted.item(), rel=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,22 @@ def test_one_document_alone_is_refused(run_in_process: Any, sources: Path, tmp_p
     text.write_text("the cat sat by the dog. " * 200)
     done = run_in_process(bert, tiny(sources, data__name=text), tmp_path / "runs")
     assert done.code == 2 and "takes two documents" in done.err and "Traceback" not in done.err
+
+
+def test_documents_that_are_shorter_than_a_row_are_refused_or_said(
+    run_in_process: Any, sources: Path, tmp_path: Path
+) -> None:
+    """Too short all of them: no row. Some of them: a line says how much is left out."""
+    short = [{"text": f"the cat {i}"} for i in range(40)]
+    long = [{"text": f"the owl {i} sat by the dog. " * 9} for i in range(20)]
+    for name, rows in (("short", short), ("mixed", short + long)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_in_process(bert, tiny(sources, data__name=tmp_path / "short.jsonl"), tmp_path / "runs")
+    assert done.code == 2 and "the train text gives 0 block(s) of 37 tokens, of 0 document(s)" in done.err, done.err
+    done = run_in_process(bert, tiny(sources, "--dry-run", data__name=tmp_path / "mixed.jsonl"), tmp_path / "runs")
+    assert done.code == 0, done.err
+    (said,) = re.findall(r"data: (\d+)% of the documents are shorter than 37 tokens", done.out)
+    assert 45 <= int(said) <= 85 and "bert.joined" in done.out  # two thirds, less what is held out
 
 
 def test_a_dry_run_trains_nothing(dry_runs: Any, sources: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,22 @@ def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
     return [*command_line(values), *more]
 
 
-def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+ELSEWHERE = """
+import sys
+sys.path.insert(0, ".")
+import modeling_blank_infilling
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(".").eval()
+torch.save(model(**torch.load(sys.argv[1])).logits.detach(), sys.argv[2])
+assert not any(name.startswith("recipes") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_it_learns_and_leaves_a_whole_run_folder(
+    run_in_process: Any, execute: Any, sources: Path, tmp_path: Path
+) -> None:
     done = run_in_process(glm, tiny(sources), tmp_path)
     assert done.code == 0, done.err
     figures = done.figures
@@ -62,6 +78,8 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
     } <= figures.keys()  # fmt: skip
     for name in ("README.md", "plots/loss.png", "samples/corrupted.txt", "samples/answers-pretrained.txt"):
         assert (done.folder / name).stat().st_size > 0, name
+
+    assert "import modeling_blank_infilling" in (done.folder / "README.md").read_text()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,6 +102,14 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
             ours(**changed).logits[0, :place], logits[0, :place]
         )  # the trained model sees no later token
         assert not torch.equal(ours(**changed).logits[0, place], logits[0, place])
+
+    # and where this repository is not, with the file beside the weights: nothing needs trust_remote_code
+    assert "auto_map" not in json.loads((done.folder / "model/config.json").read_text())
+    torch.save(batch, tmp_path / "batch.pt")
+    paths = [str(tmp_path / name) for name in ("batch.pt", "logits.pt")]
+    elsewhere = execute([sys.executable, "-I", "-c", ELSEWHERE, *paths], cwd=done.folder / "model", timeout=600)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert torch.allclose(torch.load(paths[1]), logits, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -262,11 +262,18 @@ def test_held_out_blocks_lose_at_most_one_blocks_tail() -> None:
     ("variant", "changes", "says"),
     [
         ("gpt2", {"gpt__block_length": 65}, "gpt.block_length is 65, but the model has 64 positions"),
-        ("gpt2", {"downstream__max_length": 100}, "downstream.max_length is 100, but the model has 64 positions"),
+        ("gpt1", {"gpt__block_length": 65, "model__attention": "eager"}, "block_length is 65, but the model has 64 positions"),
+        ("gpt3", {"gpt__block_length": 65, "model__attention": "eager"}, "block_length is 65, but the model has 64 positions"),
+        ("gpt2", {"gpt__block_length": 7}, "gpt.block_length is 7 tokens, too short"),
+        ("gpt2", {"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}', "gpt__block_length": 1025},
+         "block_length is 1025, but the model has 1024 positions"),  # the library's own number, which the config leaves out
+        ("gpt2", {"downstream__max_length": 100, "gpt__tasks": '{"pydocs_package": "classification"}'},
+         "downstream.max_length is 100, but the model has 64 positions"),
         ("gpt1", {"model__attention": "sdpa"}, "set eager"),
         ("gpt1", {"gpt__in_context": "pydocs_package", "model__attention": "eager"}, "gpt.in_context: GPT-1"),
         ("gpt2", {"gpt__auxiliary_loss": -1}, "gpt.auxiliary_loss is -1"),
         ("gpt2", {"gpt__shots": "[0, -2]"}, "gpt.shots"),
+        ("gpt2", {"gpt__shots": "[]", "gpt__in_context": "pydocs_package"}, "gpt.shots"),
         ("gpt2", {"model__config": '{"model_type": "llama"}'}, "is no GPT of this recipe"),
         ("gpt2", {"model__config": '{"model_type": "gpt2", "n_positions": 64, "tie_word_embeddings": false}'}, "tie_word"),
         ("gpt2", {"gpt__tasks": '{"a": "translation"}'}, "gpt.tasks"),
@@ -286,6 +293,8 @@ def test_rows_that_do_not_fit_their_task_are_said_before_the_training(
     for changes, says in (
         ({"gpt__tasks": json.dumps({f"{sources}/one.jsonl": "similarity"})}, "needs two texts"),
         ({"gpt__in_context": f"{sources}/one.jsonl", "downstream__labels": 1}, "one class alone"),
+        ({"gpt__in_context": f"{sources}/one.jsonl", "gpt__shots": "[0, 33]"}, "33 examples of 32 rows"),
+        ({"gpt__in_context": f"{sources}/one.jsonl", "gpt__shots": "[8]"}, "a prompt with 8 examples takes"),
     ):
         done = run_in_process(gpt, tiny(sources, **changes), tmp_path)
         assert done.code == 2 and says in done.err and "step 1/" not in done.out, done.err

@@ -83,7 +83,10 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
     assert len(losses) == 40
     assert losses[0] == pytest.approx(math.log(263), rel=0.1)  # it starts as a uniform guess
     assert losses[-1] < unigram_entropy((sources / "text.txt").read_text())  # so it uses what came before
-    assert done.figures["bits_per_byte"] < unigram_entropy((sources / "text.txt").read_text()) / math.log(2)
+    unigram = unigram_entropy((sources / "text.txt").read_text()) / math.log(2)
+    assert done.figures["unigram_bits_per_byte"] == pytest.approx(unigram, rel=0.05)  # a token is a byte here
+    assert done.figures["untrained_bits_per_byte"] == pytest.approx(math.log2(263), rel=0.1)
+    assert done.figures["bits_per_byte"] < unigram < done.figures["untrained_bits_per_byte"]
     assert {
         "bits_per_byte", "eval_bytes", "tokens_per_second", "mfu", "step_seconds", "parameters", "trainable_parameters",
         "flops_per_token", "wall_seconds", "peak_memory_gib",
@@ -166,6 +169,10 @@ def test_two_processes_take_the_steps_of_one(
     assert bits[1] == pytest.approx(bits[0], rel=1e-3)
 
 
+def test_blocks_longer_than_the_positions_are_refused(refuses: Any, sources: Path) -> None:
+    refuses(llama, tiny(sources, llama__block_length=65), "llama.block_length is 65, but the model has 64 positions")
+
+
 # ---------------------------------------------------------------------------------------------- bits per byte
 
 
@@ -230,6 +237,17 @@ def test_a_token_is_scored_in_the_first_window_that_holds_it(tokenizer: Any) -> 
         total -= torch.log_softmax(logits.float(), -1)[document[i]].item()
     expected = total / math.log(2) / len(text)
     assert llama.bits_per_byte(model, tokenizer, [text], 8, 0.5) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_unigram_bits_are_those_of_the_training_blocks_frequencies(tokenizer: Any) -> None:
+    """Counts 3 and 1 and one more for each of 263 tokens; two bytes a letter of the second text."""
+    a, b = llama.encode_plain(tokenizer, ["ab"])[0]
+    blocks = [{"input_ids": [a, a]}, {"input_ids": [a, b]}]
+    size = 4 + len(tokenizer)
+    assert llama.unigram_bits_per_byte(blocks, tokenizer, ["aab"]) == pytest.approx(
+        -(2 * math.log2(4 / size) + math.log2(2 / size)) / 3
+    )
+    assert llama.unigram_bits_per_byte(blocks, tokenizer, ["ß"]) == pytest.approx(-2 * math.log2(1 / size) / 2)
 
 
 def test_xz_knows_what_it_has_seen() -> None:

@@ -99,12 +99,15 @@ def test_distances_are_all_that_the_attention_knows_of_positions() -> None:
 
 
 def test_queries_learn_slower_by_the_root_that_the_attention_leaves_out() -> None:
-    """Every matrix is in one group, once; the queries' rate is the others' over sqrt(d_kv); the distances' table is AdamW's."""
+    """Every matrix is in one group, once; the queries' rate is the others' over sqrt(d_kv); the distances' table is AdamW's.
+
+    The norms too are AdamW's, at the matrices' rate.
+    """
     from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
     fields = {k: v for k, v in MODEL.items() if k != "model_type"}
     model = T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **fields))
-    optimizer = t5.make_optimizer(model, TrainingArguments(learning_rate=0.01, use_cpu=True), 0.02)
+    optimizer = t5.make_optimizer(model, TrainingArguments(learning_rate=0.05, use_cpu=True), 0.02)
     names = {id(p): name for name, p in model.named_parameters()}
     grouped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(names.values())
@@ -113,6 +116,9 @@ def test_queries_learn_slower_by_the_root_that_the_attention_leaves_out() -> Non
     assert {names[id(p)].split(".")[-2] for p in queries["params"]} == {"q"} and len(queries["params"]) == 6
     assert all("relative" not in names[id(p)] and ".q." not in names[id(p)] for p in others["params"])
     assert sum("relative" in names[id(p)] for g in optimizer.adamw.param_groups for p in g["params"]) == 2
+    rates = {names[id(p)]: group["lr"] for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert {rate for name, rate in rates.items() if "norm" in name} == {0.02}
+    assert {rate for name, rate in rates.items() if "norm" not in name} == {0.05}
 
 
 @pytest.mark.slow

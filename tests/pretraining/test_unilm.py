@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from tiny_chat import command_line
 
-from recipes.common.prefix_masks import LEFT_TO_RIGHT, add_marks, batch_of, encode, pretraining_sample
+from recipes.common.prefix_masks import LEFT_TO_RIGHT, add_marks, batch_of, encode, pretraining_sample, write
 from recipes.pretraining import unilm
 
 
@@ -47,8 +49,21 @@ def tiny(sources: Path, *more: str, **changes: Any) -> list[str]:
     return [*command_line(values), *more]
 
 
+ELSEWHERE = """
+import json, sys
+sys.path.insert(0, ".")
+from prefix_masks import add_marks, write
+from transformers import AutoModelForPreTraining, AutoTokenizer
+model, tokenizer = AutoModelForPreTraining.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+print(json.dumps(write(model, [json.loads(sys.argv[1])], add_marks(tokenizer), 5)))
+assert not any(name.startswith("recipes") for name in sys.modules)
+"""
+
+
 @pytest.mark.slow
-def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+def test_it_learns_and_leaves_a_whole_run_folder(
+    run_in_process: Any, execute: Any, sources: Path, tmp_path: Path
+) -> None:
     done = run_in_process(unilm, tiny(sources), tmp_path)
     assert done.code == 0, done.err
     figures = done.figures
@@ -61,6 +76,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
     } <= figures.keys()  # fmt: skip
     for name in ("README.md", "plots/loss.png", "samples/answers-pretrained.txt", "samples/answers-from-scratch.txt"):
         assert (done.folder / name).stat().st_size > 0, name
+    assert "from prefix_masks import add_marks, write" in (done.folder / "README.md").read_text()
 
     from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
@@ -81,6 +97,14 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
         batch["input_ids"][0, 9] += 1
         assert torch.equal(encode(whole, **batch)[0, :9], states[0][0, :9])  # the trained model sees no later token
         assert not torch.equal(encode(whole, **batch)[0, 9], states[0][0, 9])
+
+    # and where this repository is not, with the file beside the weights
+    source, expected = ids[:8], write(whole, [ids[:8]], marks, 5)
+    elsewhere = execute(
+        [sys.executable, "-I", "-c", ELSEWHERE, json.dumps(source)], cwd=done.folder / "model", timeout=600
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert json.loads(elsewhere.stdout.splitlines()[-1]) == expected
 
 
 @pytest.mark.slow
@@ -109,3 +133,15 @@ def test_bad_input_is_one_clear_error(refuses: Any, sources: Path, changes: dict
 
 def test_a_dry_run_trains_nothing(dry_runs: Any, sources: Path) -> None:
     dry_runs(unilm, tiny(sources))
+
+
+def test_held_out_blocks_are_asked_in_random_company_an_even_number_at_once() -> None:
+    """In the files' order the wrong next segment would be of the same text."""
+    for blocks in (2, 3, 33, 64, 97):
+        batches = unilm.random_batches(blocks, 32)
+        seen = [i for some in batches for i in some]
+        assert len(seen) == len(set(seen)) == blocks // 2 * 2 and set(seen) <= set(range(blocks))
+        assert all(len(some) % 2 == 0 and 2 <= len(some) <= 32 for some in batches)
+    followers = [b - a for some in unilm.random_batches(400, 32) for a, b in itertools.pairwise(some)]
+    assert followers.count(1) < 8  # of 387; one of 400 by chance
+    assert unilm.random_batches(97, 32) == unilm.random_batches(97, 32)
