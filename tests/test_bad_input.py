@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"data.max_samples": -3}, "data.max_samples"),
     ({"data.on_bad_row": "ignore"}, "skip"),
     ({"run.threads": 0}, "run.threads"),
+    ({"run.threads": 4_000_000_000}, "run.threads"),
     ({"run.time_limit_minutes": 0}, "run.time_limit_minutes"),
     ({"run.resume": "sure"}, "run.resume"),
     # models that cannot be
@@ -144,6 +146,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
     # the frame's own
     ({"training.output_dir": "x"}, "leave it out"),
     ({"training.resume_from_checkpoint": "x"}, "--run.resume true"),
+    ({"training.push_to_hub": "true"}, "nothing is uploaded"),
+    ({"training.log_level": "loud"}, "warning"),
+    ({"training.torch_compile_backend": "indutcor"}, "inductor"),
     ({"training.fp16": "true", "training.bf16": None}, "needs a GPU"),
     ({"training.use_cpu": "false"}, "no GPU"),
     ({"run.name": "a/b"}, "folder's name"),
@@ -224,3 +229,19 @@ def test_a_file_in_the_way_of_the_run_folder(run_in_process: Any, sources: Path,
 def test_a_file_in_the_way_of_the_root(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file")
     refused(run_in_process(llama, line(sources, {}), tmp_path / "root"), "choose another --run.root", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_and_then_is_not(run_in_process: Any, sources: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 60 kB, which the weights do: one error, and the run goes on once there is room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = line(sources, {"training.save_steps": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        done = run_in_process(llama, words, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused(done, "free space and go on with --run.resume true", tmp_path)
+    again = run_in_process(llama, [*words, "--run.resume", "true"], tmp_path)
+    assert again.code == 0, again.err
+    assert [row["step"] for row in again.history()] == [1, 2]

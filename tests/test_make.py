@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from recipes.common import launch
+from recipes.common.config import load_config
+from recipes.common.errors import UserError
 from tests.conftest import ROOT, Checkout
 
 Execute = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -311,6 +315,84 @@ def test_ci_runs_the_tests_and_fails_with_them(checkout: Checkout, execute: Exec
     assert (done.returncode == 0) == (code == 0)
     assert done.stdout.startswith("ci: make test on")
     assert checkout.calls() == ["-m pytest -n logical --maxprocesses 8 --dist loadfile"]
+
+
+# What the documentation tells a person to type
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "README.zh-CN.md", "RESULTS.md")),
+    *sorted(ROOT.glob("recipes/*/*.py")),
+    *sorted(ROOT.glob("configs/*/*/*.yaml")),
+    *sorted(ROOT.glob("scripts/*")),
+]
+
+
+def commands(document: Path) -> list[str]:
+    """Its command lines: in backticks, in a code block, or on an indented line of a docstring or a comment."""
+    if document.is_dir():
+        return []
+    text = document.read_text()
+    starts = r"(?:make(?![\w(])|python recipes/|sbatch |scripts/\w+\.sh )"
+    shown = re.findall(rf"`({starts}[^`\n]*)`", text) if document.suffix != ".sh" else []
+    start = r"^" if document.suffix == ".md" else r"^(?:# {2,}|    )(?:echo .* \| )?"
+    lines = re.findall(rf"{start}({starts}[^`\n]*?)(?: *#.*| {{2,}}.*)?$", text, re.MULTILINE)
+    return [line for line in [*shown, *lines] if not re.search("[<{|]|RECIPE|=$|: ", line)]
+
+
+def check_command(line: str) -> None:
+    """It names things that are there: a target or recipe, its config, a launcher, keys of its config."""
+    words = shlex.split(line)
+    if words[0] != "make":
+        assert (ROOT / (words[0] if "/" in words[0] else words[1])).is_file(), line
+        return
+    settings = dict(word.split("=", 1) for word in words[2:])  # nothing but settings after the target
+    assert settings.keys() <= {"CONFIG", "LAUNCH", "NPROC", "ARGS", "MODEL", "PYTHON"}, line
+    if len(words) == 1 or words[1] in targets():
+        return
+    script = launch.find_recipe(words[1])
+    if not settings.get("CONFIG", "cpu").endswith(".yaml"):  # else a file of one's own
+        config = launch.find_config(script, settings.get("CONFIG", "cpu"))
+        module = importlib.import_module(f"recipes.{script.parent.name}.{script.stem}")
+        arguments = ["--config", str(config), *shlex.split(settings.get("ARGS", ""))]
+        load_config(module.Config, arguments, config_folder=None)
+    assert settings.get("LAUNCH", "single") in launch.LAUNCHERS, line
+    nproc = launch.process_count(settings.get("NPROC", "1"))
+    launch.check_room(nproc, settings.get("LAUNCH", "single"), gpus=8, cores=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_its_commands_name_what_is_there(document: Path) -> None:
+    for line in commands(document):
+        check_command(line)
+
+
+def test_commands_are_found_in_each_kind_of_document() -> None:
+    for name, line in {
+        "README.md": "make lora CONFIG=cluster LAUNCH=zero3 NPROC=8",
+        "README.zh-CN.md": "make quickstart",
+        "recipes/pretraining/llama.py": "make llama CONFIG=gpu",
+        "configs/pretraining/tokenizer/multi30k.yaml": "make tokenizer CONFIG=multi30k",
+        "scripts/chat.py": "make chat MODEL=runs/lora/default/adapter",
+    }.items():
+        assert line in commands(ROOT / name)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make lorra",
+        "make lora CONFIG=gpuu",
+        "make lora LAUNCH=zero4 NPROC=8",
+        "make lora NPROC=2",
+        "make lora EXTRA=1",
+        'make lora ARGS="--training.max_step 10"',
+        "python recipes/finetuning/lorra.py --help",
+    ],
+)
+def test_a_command_that_names_what_is_not_there_is_noticed(line: str) -> None:
+    with pytest.raises((AssertionError, UserError)):
+        check_command(line)
 
 
 # The requirements

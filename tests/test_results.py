@@ -65,3 +65,7 @@ def test_put_replaces_between_marks_and_refuses_without(tmp_path: Path) -> None:
     for content in ("first", r"second \1"):
         results.put(page, "bench", content)
     assert page.read_text() == "# Page\n\n<!-- bench -->\n\nsecond \\1\n\n<!-- /bench -->\n\nkept\n"
+
+
+def test_the_chinese_readme_says_in_chinese_what_every_recipe_is() -> None:
+    assert results.CHINESE.keys() == results.recipes().keys()

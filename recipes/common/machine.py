@@ -16,7 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.common.errors import UserError
+
 GIB = 1024**3
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,12 @@ def local_world_size() -> int:
 
 
 def choose_threads(asked: int | None) -> Choice:
-    """Torch threads for this process: each worker gets its share of the cores, since oversubscribed threads are far slower."""
+    """Torch threads for this process: each worker gets its share of the cores, since oversubscribed threads are far slower.
+
+    Raises UserError for a number that no machine has use for (torch takes what fits 32 bits, and starts them all).
+    """
+    if asked and asked > MOST_THREADS:
+        raise UserError(f"run.threads: {asked}, and this machine has {physical_cores()} cores; leave it out")
     if asked:
         return Choice(asked, "run.threads")
     if "OMP_NUM_THREADS" in os.environ and local_world_size() == 1:

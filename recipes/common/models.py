@@ -78,6 +78,8 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         options["local_files_only"] = True  # what an earlier run fetched serves without a network too
     try:
         return load(name, **options)
+    except ImportError as error:
+        raise UserError(f"model.attention: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if looks_local:
             raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
@@ -132,7 +134,7 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
     kind = fields.pop("model_type", None)
     if kind is None:
         raise UserError("model.config needs a model_type, such as `model_type: llama`")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
         raise UserError(
             f"model.config.model_type: transformers has no `{kind}`" + (f"; did you mean `{near[0]}`?" if near else "")
@@ -163,10 +165,12 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
             fields.setdefault(
                 name, None
             )  # load_model sets the tokenizer's; the class's own may lie outside its vocabulary
-    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    # What is no whole number is the config class's to refuse, below.
+    sizes = {key: value for key, value in fields.items() if isinstance(value, int)}
+    hidden, heads = sizes.get("hidden_size"), sizes.get("num_attention_heads")
     if hidden and heads and hidden % heads and "head_dim" not in fields:
         raise UserError(f"model.config: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    key_value = fields.get("num_key_value_heads")
+    key_value = sizes.get("num_key_value_heads")
     if heads and key_value and heads % key_value:
         raise UserError(
             f"model.config: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value}"
@@ -209,11 +213,16 @@ def load_model(
             )  # fmt: skip
         for key, value in options.items():
             setattr(config, key, value)
-        large = run.dry and _parameters_of(auto_class, config) > LARGE
-        with torch.device("meta" if large else "cpu"):
-            made = auto_class.from_config(
-                config, dtype=torch.float32 if dtype == "auto" else dtype, attn_implementation=model.attention
-            )
+        try:
+            large = run.dry and _parameters_of(auto_class, config) > LARGE
+            with torch.device("meta" if large else "cpu"):
+                made = auto_class.from_config(
+                    config, dtype=torch.float32 if dtype == "auto" else dtype, attn_implementation=model.attention
+                )
+        except ImportError as error:
+            raise UserError(f"model.attention: {first_line(error)}") from error
+        except (KeyError, TypeError, ValueError) as error:  # an activation or a rotation that the library does not know
+            raise UserError(f"model.config: no {config.model_type} can be made of it: {first_line(error)}") from error
     else:
         assert model.name is not None
         name = ensure_made(model.name, run)

@@ -51,12 +51,15 @@ def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str =
 def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
     """The base frozen, with peft's modules in it; they are kept in float32 where the base is in less.
 
-    Not under ZeRO-3, which needs one precision for all parameters.
+    Not under ZeRO-3, which needs one precision for all parameters. Raises UserError for settings that peft refuses.
     """
-    from peft import get_peft_model
+    from peft import PeftType, get_peft_model
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    return get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    try:
+        return get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    except ValueError as error:  # layers_to_transform that are not there, ...
+        raise UserError(f"{PeftType(settings.peft_type).lower()}: {' '.join(str(error).split())}") from error
 
 
 def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, float]:

@@ -9,10 +9,14 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,8 @@ def run_recipe(
     main: Callable[[Any, RunFolder], dict[str, Any]], config_class: type, argv: list[str] | None = None
 ) -> int:
     """Run a recipe from its command line. With `argv` (tests, the quickstart) gives the exit code; without, exits with it."""
-    code = _guarded(main, config_class, sys.argv[1:] if argv is None else argv)
+    with _terminated_as_interrupted():
+        code = _guarded(main, config_class, sys.argv[1:] if argv is None else argv)
     if argv is None:
         try:
             sys.stdout.flush()
@@ -37,6 +42,29 @@ def run_recipe(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code)
     return code
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM outside of the training (which has its own handler) ends with 130 as Ctrl-C does: a scheduler sends no other."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python takes handlers in the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refused_by_a_trainer(error: BaseException) -> bool:
+    """Whether a library's Trainer refused its settings as it was built: then the input is wrong, and nothing of ours."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__")
+    return any(frame.f_globals.get("__name__", "").startswith(("transformers.trainer", "trl.")) for frame in frames)
 
 
 def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str]) -> int:
@@ -68,6 +96,11 @@ def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list
             f"error: {error.filename or 'the run folder'}: {error.strerror}; free space, or choose another --run.root",
             file=sys.stderr,
         )
+        return 2
+    except ValueError as error:
+        if not _refused_by_a_trainer(error):
+            raise
+        print(f"error: training: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():

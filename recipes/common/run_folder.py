@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+# How a full disk is reported: by safetensors in Rust's words, by torch in those of its zip writer, which forgets why.
+NOT_WRITTEN = re.compile(
+    r"Error while serializing.*\(os error (\d+)\)|iostream error|unexpected pos|PytorchStreamWriter failed"
+)
+
+
+@contextmanager
+def write_errors_explained(path: Path) -> Iterator[None]:
+    """Say that `path` could not be written in one UserError, whatever the library that wrote there calls it.
+
+    An OSError passes: `run_recipe` explains those itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = None if isinstance(error, OSError) else NOT_WRITTEN.search(str(error))
+        if found is None:
+            raise
+        reason = os.strerror(int(found[1])) if found[1] else "the write failed half-way"
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        raise UserError(
+            f"cannot write {path}: {reason} ({shutil.disk_usage(there).free / 2**20:,.0f} MiB are free there); free space and "
+            "go on with --run.resume true, or choose another --run.root"
+        ) from error
+
+
 @contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; it takes the place of `path` when the block ends well, and vanishes otherwise."""
@@ -49,7 +76,8 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         os.chmod(temporary, 0o755)
-        yield temporary
+        with write_errors_explained(path):
+            yield temporary
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -137,10 +165,9 @@ class RunFolder:
         def draw(axes: Axes) -> None:
             for key in keys:
                 points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
-                style = "o-" if len(points) < 40 else "-"
-                axes.plot(
-                    *zip(*points, strict=True), style, markersize=3, label=key.replace("_", " ")
-                ) if points else None
+                if points:
+                    steps, values = zip(*points, strict=True)
+                    _draw_curve(axes, steps, values, key.replace("_", " "))
             axes.set_xlabel("step")
             axes.set_ylabel(label or name.replace("_", " "))
             if axes.has_data():
@@ -170,7 +197,8 @@ class RunFolder:
             return
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # a Trainer makes it as it is built
-        if {entry.name for entry in self.path.iterdir()} <= {"config.yaml"}:
+        ours = set() if self.dry else {"config.yaml"}  # a dry run writes none: it belongs to a run that is starting
+        if {entry.name for entry in self.path.iterdir()} <= ours:
             shutil.rmtree(self.path)
             if not any(self.path.parent.iterdir()):
                 self.path.parent.rmdir()
@@ -183,6 +211,19 @@ class RunFolder:
     def paragraphs(self) -> list[str]:
         """What the recipe wants said in the model card."""
         return self._paragraphs
+
+
+def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str) -> None:
+    """A few points with their marks, or a line; many points jump about, so theirs is faint, with their mean on top."""
+    import numpy as np
+
+    window = len(values) // 40  # the mean of so many points, up to each
+    if window < 5:
+        axes.plot(steps, values, "o-" if len(values) < 40 else "-", markersize=3, label=label)
+        return
+    (faint,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
+    mean = np.convolve(values, np.full(window, 1 / window), "valid")
+    axes.plot(steps[window - 1 :], mean, color=faint.get_color(), label=f"{label}, mean of {window}")
 
 
 def wait_for_everyone() -> None:
@@ -211,6 +252,13 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[-1]), default=None)
 
 
+def drop_half_written_checkpoints(checkpoints: Path) -> None:
+    """Delete what a killed process left of a checkpoint: it would be counted among the ones to keep, in a good one's place."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / COMPLETE).exists():
+            shutil.rmtree(folder)
+
+
 def open_folder(
     path: Path, *, recipe: str, fingerprint: str, resume: bool, overwrite: bool, dry: bool, given: set[str]
 ) -> RunFolder:
@@ -236,6 +284,11 @@ def open_folder(
     return run
 
 
+def _what_decides(config: str) -> list[str]:
+    """The lines of a config that decide how a run ends: how long one sitting of it may take does not."""
+    return [line for line in config.splitlines() if not line.startswith("  time_limit_minutes:")]
+
+
 def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> None:
     existing = path / "config.yaml"
     if path.exists() and not path.is_dir():
@@ -248,10 +301,12 @@ def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Non
                 )
             shutil.rmtree(path)
         elif resume:
-            if existing.exists() and existing.read_text() != fingerprint:
+            written = existing.read_text() if existing.exists() else ""
+            before, now = _what_decides(written), _what_decides(fingerprint)
+            if before and before != now:
                 changed = [
                     f"`{new.strip()}` (was `{old.strip()}`)"
-                    for old, new in zip(existing.read_text().splitlines(), fingerprint.splitlines(), strict=False)
+                    for old, new in zip(before, now, strict=False)
                     if old != new
                 ] or ["its length"]
                 raise UserError(

@@ -41,7 +41,7 @@ class Data:
     max_samples: PositiveInt | None = None  # keep the first n of the training split
     max_validation_samples: PositiveInt | None = None  # keep the first n of the held-out split
     on_bad_row: Literal["error", "skip"] = "error"  # skip: count and list what was skipped
-    streaming: bool = False  # read as it trains; for data larger than the disk
+    streaming: bool = False  # read as it trains: text and conversations larger than the disk
     seed: int = 0  # of the builtin generators and of the held-out fraction
 
 

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, cast
 from recipes.common import machine
 from recipes.common.errors import Interrupted, UserError
 from recipes.common.launch import check_world_size
-from recipes.common.run_folder import COMPLETE, RunFolder, wait_for_everyone, write_atomically
+from recipes.common.run_folder import (
+    COMPLETE,
+    RunFolder,
+    drop_half_written_checkpoints,
+    wait_for_everyone,
+    write_atomically,
+    write_errors_explained,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +51,13 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
         }.items()
         if key in given
     ]
+    if given.get("push_to_hub"):
+        problems.append(
+            "training.push_to_hub: nothing is uploaded from here; leave it out, and `hf upload` the model/ folder"
+        )
+    for key, known in _library_choices().items():
+        if given.get(key) not in (None, *known):
+            problems.append(f"training.{key} must be one of {', '.join(known)}, not {given[key]!r}")
     bf16 = machine.choose_bf16()
     if given.get("bf16") and not bf16.value:
         problems.append(f"training.bf16: true, but {bf16.reason}; leave it out, or set it to false")
@@ -75,6 +89,16 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
     if not given.get("fp16"):
         chosen["bf16"] = (bool(bf16.value), "machine: " + bf16.reason)
     return chosen
+
+
+def _library_choices() -> dict[str, list[str]]:
+    """What transformers types as any text, and then takes only some of: without this, in the middle of a traceback."""
+    from accelerate.utils import DynamoBackend
+    from transformers.training_args import trainer_log_levels
+
+    levels = list(trainer_log_levels)
+    backends = [backend.value.lower() for backend in DynamoBackend]
+    return {"log_level": levels, "log_level_replica": levels, "torch_compile_backend": backends}
 
 
 class StopSignals:
@@ -193,6 +217,8 @@ SHOWN = {
     "true_score",
     "kl",
     "entropy",
+    "clip_fraction",
+    "explained_variance",
     "accuracy",
     "reward_accuracy",
     "rewards/accuracies",  # trl's DPO
@@ -270,9 +296,12 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
     check_world_size(trainer.accelerator.num_processes)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    with StopSignals(time_limit_minutes) as stop:
+    with StopSignals(time_limit_minutes) as stop, write_errors_explained(run.checkpoints):
         frame = _frame_callback()(trainer, run, stop)
         trainer.add_callback(frame)
+        if run.is_main:
+            drop_half_written_checkpoints(run.checkpoints)
+        wait_for_everyone()
         done = int(run.resume_from.name.split("-")[-1]) if run.resume_from else 0
         if run.resume_from:
             run.say(f"resuming after step {done}")
@@ -423,6 +452,9 @@ class Loop:
         self.run, self.args, self.accelerator, self.total_steps = run, args, accelerator, total_steps
         self.stop = StopSignals(time_limit_minutes)
         self.step = 0
+        if run.is_main:
+            drop_half_written_checkpoints(run.checkpoints)
+        accelerator.wait_for_everyone()
         self.resume()
         flops = run.figures.get("flops_per_token", 0.0)
         self.report = StepReport(run, total_steps, flops, dtype_name(args), first_step=self.step)
@@ -463,7 +495,8 @@ class Loop:
 
         folder = self.run.checkpoints / f"checkpoint-{self.step}"
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(folder))
+        with write_errors_explained(folder):
+            self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.run.is_main:
             write_atomically(folder / COMPLETE, f"{self.step}\n")

@@ -1,21 +1,31 @@
-"""Whatever is done to a good config, loading it ends with a config or a UserError: never with another exception."""
+"""Whatever is done to a good config: loading it ends with a config or a UserError, running it with exit code 0 or 2.
+
+Never with another exception, which is a traceback.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_chat import save_tokenizer_and_model
 
 from recipes.common.config import Section, load_config, to_yaml
 from recipes.common.errors import UserError
+from recipes.common.recipe import run_recipe
 from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
+from recipes.pretraining import llama
 
 if TYPE_CHECKING:
     import transformers
@@ -104,10 +114,10 @@ def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
+def mutated(draw: st.DrawFn, good: dict[str, Any]) -> tuple[bytes, list[str]]:
     """A good config, spoilt one to four times: a tree, a text, a command line."""
     where = draw(st.sampled_from(["tree", "text", "flags", "everywhere"]))
-    tree = copy.deepcopy(GOOD)
+    tree = copy.deepcopy(good)
     for _ in range(draw(st.integers(1, 3)) if where in ("tree", "everywhere") else 0):
         places = list(_places(tree))
         if not places:
@@ -149,7 +159,7 @@ def mutated(draw: st.DrawFn) -> tuple[bytes, list[str]]:
         data = data[: draw(st.integers(0, len(data)))] + draw(st.binary(max_size=3))
     argv: list[str] = []
     for _ in range(draw(st.integers(1, 2)) if where in ("flags", "everywhere") else 0):
-        section, name = draw(st.sampled_from([*GOOD, "optional", "zzz"])), str(draw(KEYS))
+        section, name = draw(st.sampled_from([*good, "optional", "zzz"])), str(draw(KEYS))
         value = draw(st.one_of(st.text(max_size=6), st.sampled_from(ODD_TEXTS)))
         odd = [[f"--{section}.{name}", value], [f"--{section}.{name}={value}"], [f"--{name}", value], [value]]
         argv += draw(st.one_of(st.sampled_from(GOOD_FLAGS), st.sampled_from([*odd, [f"--{section}", value]])))
@@ -163,7 +173,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(spoilt=mutated())
+@given(spoilt=mutated(GOOD))
 def test_a_spoilt_config_loads_or_is_refused(spoilt: tuple[bytes, list[str]], folder: Path) -> None:
     data, argv = spoilt
     (folder / "cpu.yaml").write_bytes(data)
@@ -187,6 +197,57 @@ def test_a_spoilt_config_loads_or_is_refused(spoilt: tuple[bytes, list[str]], fo
     again = load_config(Config, ["--config", str(folder / "again.yaml")], config_folder=folder, library_defaults=frame)
     assert to_yaml(again.values) == written
     assert isinstance(again.build(), Config)
+
+
+# A recipe's config: what is spoilt here goes on to the tokenizer, the data, the model, the trainer and the first batch.
+RUN: dict[str, Any] = {
+    "model": {"name": "model", "tokenizer": "tokenizer", "dtype": "float32"},
+    "data": {"name": "text.txt", "max_samples": 10, "validation_fraction": 0.1, "seed": 1},
+    "llama": {"block_length": 64, "optimizer": "adamw", "compare_with_xz": False, "prompts": ["the "]},
+    "training": {
+        "learning_rate": 3e-4,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "bf16": False,
+        "seed": 1,
+    },
+    "run": {"name": "x", "threads": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the model, the tokenizer and the text that RUN names."""
+    folder = tmp_path_factory.mktemp("sources")
+    save_tokenizer_and_model(folder)
+    (folder / "text.txt").write_text("the cat sat on the mat\n" * 200)
+    yield folder
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a spoilt config may have asked for more
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(spoilt=mutated(RUN))
+def test_a_spoilt_config_of_a_recipe_ends_with_exit_code_0_or_2(
+    spoilt: tuple[bytes, list[str]], sources: Path, folder: Path
+) -> None:
+    data, argv = spoilt
+    (folder / "run.yaml").write_bytes(data)
+    before = dict(os.environ)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(sources), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_recipe(llama.main, llama.Config, ["--config", str(folder / "run.yaml"), "--dry-run", *argv])
+    os.environ.clear()
+    os.environ.update(before)
+    assert code in (0, 2)
+    assert (code == 2) == ("\nerror: " in "\n" + err.getvalue()), err.getvalue()
+    assert "Traceback" not in err.getvalue() + out.getvalue()
+    assert {path.relative_to(sources).parts[0] for path in sources.rglob("*") if path.is_file()} == {
+        *("model", "tokenizer", "text.txt")
+    }, "a dry run writes no file"
 
 
 def test_the_good_config_is_good(folder: Path) -> None:

@@ -411,7 +411,12 @@ BAD_FILES = {
     "JSON by columns": ("a.json", b'{"question": ["a"], "answer": ["b"]}', "conversation", ["must be a list of rows"]),
     "JSON number": ("a.json", b"3", "conversation", ["must be a list of rows"]),
     "JSON empty list": ("a.json", b"[]", "conversation", ["a.json holds no rows"]),
-    "JSON row": ("a.json", b'[{"question": "a", "answer": "b"}, 7]', "conversation", ["a.json: row 2", "a number (7)"]),
+    "JSON row": (
+        "a.json",
+        b'[{"question": "a", "answer": "b"}, 7]',
+        "conversation",
+        ["a.json:1: row 2", "a number (7)"],
+    ),
     "JSON not UTF-8": ("a.json", b'[\n"\xe9"]', "conversation", ["a.json:2: not UTF-8", "offset 3"]),
     "ragged": ("a.csv", b"question,answer\na,b\nc,d,e\n", "conversation", ["a.csv:3: 3 fields where the header has 2"]),
     "short": ("a.csv", b"question,answer\na\nc,d\n", "conversation", ["a.csv:2: 1 field where the header has 2"]),
@@ -613,6 +618,11 @@ def test_stream_of_what_has_to_be_read_whole(tmp_path, stub):
     assert "stub has to be read whole" in problems(name=mixed, streaming=True)[0]
 
 
+@pytest.mark.parametrize("kind", ["preference", "prompt", "classification", "pair", "image"])
+def test_what_is_chosen_from_is_not_streamed(tmp_path, kind):
+    assert "are read whole; leave it out" in problems(kind, name=str(tmp_path), streaming=True)[0]
+
+
 # --- the hub --------------------------------------------------------------------------------------
 
 
@@ -723,12 +733,54 @@ def test_image_folder_with_captions(tmp_path, own_cache):
     assert "no caption column" in problems("image_caption", name=str(tmp_path / "set"))[0]
 
 
+GOOD_ROW, BAD_ROW = {"question": "a", "answer": "b"}, {"question": "a", "answer": ""}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([GOOD_ROW, GOOD_ROW, BAD_ROW], "a.json:10: row 3: empty answer"),
+        ({"version": {"data": [1, 2]}, "data": [GOOD_ROW, BAD_ROW]}, "a.json:13: row 2: empty answer"),
+        ({"dev": [GOOD_ROW], "train": [GOOD_ROW, BAD_ROW]}, "a.json (train):13: row 2: empty answer"),
+        ({"train": [GOOD_ROW, GOOD_ROW], "test": [BAD_ROW]}, "a.json (test):13: row 1: empty answer"),
+    ],
+)
+def test_a_bad_row_of_a_json_file_is_named_with_its_line(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=2))
+    assert json.dumps(content, indent=2).split("\n")[int(said.split(":")[1]) - 1].strip() == "{"
+    assert said in problems(name=str(tmp_path / "a.json"))[0]
+
+
+def test_the_nested_rows_of_squad_are_named_by_their_number(tmp_path):
+    asked = [{"question": "q", "answers": [{"text": "x"}]}, {"question": "q", "answers": []}]
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": asked}]}]}))
+    assert "a.json: row 2: " in problems(name=str(tmp_path / "a.json"))[0]
+
+
 def test_bad_images_are_named(tmp_path, own_cache):
     _image(tmp_path / "a" / "x.png", 1)
     (tmp_path / "a" / "y.png").write_bytes(b"hello")
     (tmp_path / "a" / "z.png").touch()
     found = problems("image", name=str(tmp_path))
     assert "y.png is not an image" in found[0] and "z.png is empty" in found[1] and "2 of 3 images" in found[2]
+
+
+def test_bad_images_are_skipped_counted_and_listed(tmp_path, own_cache, capsys):
+    for i in range(6):
+        _image(tmp_path / "set" / "ab"[i % 2] / f"{i}.png", 10 * i)
+    (tmp_path / "set" / "a" / "0.png").write_bytes(b"hello")
+    (tmp_path / "set" / "b" / "1.png").write_bytes(b"")
+    found = load_data(Data(name=str(tmp_path / "set"), on_bad_row="skip", validation_fraction=0.2), "image")
+    shades = [row["image"].getpixel((0, 0)) for split in found.values() for row in split]  # all of them are images
+    assert sorted(shades) == [20, 30, 40, 50]
+    said = capsys.readouterr().out
+    assert "skipped 2 of 6 images (data.on_bad_row: skip)" in said
+    assert "0.png is not an image" in said and "1.png is empty" in said
+
+
+def test_a_folder_of_bad_images_only(tmp_path, own_cache):
+    (tmp_path / "x.png").write_bytes(b"hello")
+    assert "nothing is left to use" in problems("image", name=str(tmp_path), on_bad_row="skip")[-1]
 
 
 # --- real data ------------------------------------------------------------------------------------

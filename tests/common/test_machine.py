@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes.common import machine
+from recipes.common.errors import UserError
 
 
 @pytest.fixture
@@ -49,3 +50,9 @@ def test_nothing_that_it_needs(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert not found.value
     assert "no C++ compiler was found (install g++); " in found.reason and "Python.h is not there" in found.reason
     assert "\n" not in found.reason
+
+
+def test_threads_that_no_machine_has() -> None:
+    assert machine.choose_threads(64) == machine.Choice(64, "run.threads")  # more than the cores is slow, and allowed
+    with pytest.raises(UserError, match=r"run\.threads: 4000000000, and this machine has \d+ cores"):
+        machine.choose_threads(4_000_000_000)

@@ -265,3 +265,17 @@ def test_names_that_are_no_hub_ids() -> None:
     assert "has not the form of a hub id" in str(hub.why_not_on_hub("a b/c", "model"))
     assert hub.HUB_ID.fullmatch("gpt2") and hub.HUB_ID.fullmatch("meta-llama/Llama-3.1-8B")
     assert not hub.HUB_ID.fullmatch("a/b/c") and not hub.HUB_ID.fullmatch("x" * 97)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": ["llama"]}, "transformers has no"),
+        ({"hidden_size": [32]}, "hidden_size"),
+        ({"hidden_size": "large"}, "hidden_size"),
+        ({"num_attention_heads": {"a": 1}}, "num_attention_heads"),
+        ({"hidden_act": "siluu"}, "no llama can be made of it: 'siluu'"),
+    ],
+)
+def test_a_config_of_the_wrong_kinds_is_refused(run: RunFolder, change: dict[str, Any], said: str) -> None:
+    assert said in problems(load_model, Model(config={**LLAMA, **change}), None, run)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from recipes.common.errors import UserError
 from recipes.common.run_folder import (
     COMPLETE,
     RunFolder,
+    _draw_curve,
     folder_written_atomically,
     last_complete_checkpoint,
     open_folder,
     write_atomically,
+    write_errors_explained,
 )
 
 CONFIG = "training:\n  max_steps: 3\nrun:\n  name: default\n"
@@ -77,6 +80,33 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with folder_written_atomically(target) as folder:
         (folder / "new.txt").write_text("new")
     assert content(tmp_path) == {"model/new.txt": "new"}  # the old files are gone, not mixed with the new
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """As safetensors and torch really fail, where no file may grow beyond a kilobyte."""
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {"a": torch.zeros(10_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for save in (save_file, torch.save):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with (
+                pytest.raises(UserError, match=r"cannot write .*model: "),
+                folder_written_atomically(tmp_path / "model") as f,
+            ):
+                save(weights, f / "weights")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    for error in (OSError(28, "No space left on device"), RuntimeError("a bug"), UserError("x")):
+        with pytest.raises(type(error)) as caught, write_errors_explained(tmp_path):
+            raise error
+        assert caught.value is error
 
 
 # ---------------------------------------------------------------------------------------------- whose it is
@@ -196,6 +226,14 @@ def test_resume_under_another_config_names_the_first_difference(tmp_path: Path) 
     assert content(run.path) == {"config.yaml": CONFIG}
 
 
+def test_resume_may_take_another_time_limit(tmp_path: Path) -> None:
+    limited = CONFIG + "  time_limit_minutes: 5.0\n"
+    run = opened(tmp_path / "run", fingerprint=limited)
+    checkpoint(run.path, 4)
+    again = opened(run.path, resume=True, fingerprint=CONFIG + "  time_limit_minutes: null\n")
+    assert again.resume_from == run.checkpoints / "checkpoint-4"
+
+
 def test_checkpoints_of_other_names_are_none(tmp_path: Path) -> None:
     for name in ("checkpoint-best", "tmp-checkpoint-9"):
         (tmp_path / name).mkdir()
@@ -211,6 +249,12 @@ def test_a_folder_in_which_nothing_ran_goes_again(tmp_path: Path) -> None:
     run.checkpoints.mkdir()
     run.leave_if_unused()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_leaves_a_folder_that_another_process_has_just_made(tmp_path: Path) -> None:
+    run = opened(tmp_path / "recipe" / "run")
+    opened(run.path, dry=True).leave_if_unused()
+    assert content(run.path) == {"config.yaml": CONFIG}
 
 
 def test_a_folder_in_which_something_ran_stays(tmp_path: Path) -> None:
@@ -233,3 +277,17 @@ def test_a_choice_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
         run.choose("precision", "bf16", "the processor has it")
     assert capsys.readouterr().out == "  precision: bf16 (the processor has it)\n"
     assert run.choices == {"precision": "bf16 (the processor has it)"}
+
+
+def test_a_curve_of_many_points_has_its_mean_on_top() -> None:
+    from matplotlib.figure import Figure
+
+    values = [float(step % 2) for step in range(400)]
+    few, many = Figure().add_subplot(), Figure().add_subplot()
+    _draw_curve(few, range(100), values[:100], "loss")
+    assert [line.get_label() for line in few.lines] == ["loss"]
+    _draw_curve(many, range(400), values, "loss")
+    points, mean = many.lines
+    assert list(points.get_ydata()) == values
+    assert list(mean.get_xdata()) == list(range(9, 400)) and set(mean.get_ydata()) == {0.5}
+    assert mean.get_label() == "loss, mean of 10"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,14 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert signal.getsignal(number) is handler, "the loop left its signal handler behind"
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """`full_disk(n)`: from now on no file may grow beyond n bytes. What the libraries make of it is what a full disk is to them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -153,6 +162,31 @@ def test_a_half_written_checkpoint_is_passed_over(arguments: Any, tmp_path: Path
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
     assert [row["step"] for row in run.history()] == list(range(1, 11))
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_half_written_checkpoint_takes_no_good_one_s_place(arguments: Any, tmp_path: Path) -> None:
+    """Only so many are kept, by their number: what a kill left behind must not count among them."""
+    run = made(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        train(run, arguments(), at={3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    (run.checkpoints / "checkpoint-7").mkdir()
+    train(resumed(run), arguments(), steps=8)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_a_disk_that_is_full_is_one_error_and_the_last_checkpoint_stays(
+    arguments: Any, tmp_path: Path, full_disk: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With capsys, so that what is printed goes to no file."""
+    expected, _ = train(made(tmp_path / "whole"), arguments())
+    run = made(tmp_path / "parts")
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint-8: .* MiB are free there\); free space") as caught:
+        train(run, arguments(), at={5: lambda: full_disk(4000)})
+    assert len(caught.value.problems) == 1
+    assert last_complete_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-4"
+    full_disk(2**30)
+    weights, _ = train(resumed(run), arguments())
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh(
@@ -295,6 +329,9 @@ def test_what_the_frame_fills_in_says_where_it_is_from(monkeypatch: pytest.Monke
         ({"output_dir": "x"}, "training.output_dir belongs to the frame"),
         ({"resume_from_checkpoint": "x"}, "use --run.resume true"),
         ({"overwrite_output_dir": True}, "use --run.overwrite true"),
+        ({"log_level": "loud"}, "training.log_level must be one of detail, debug, .*, not 'loud'"),
+        ({"torch_compile_backend": "indutcor"}, "training.torch_compile_backend must be one of .*inductor"),
+        ({"push_to_hub": True}, "training.push_to_hub: nothing is uploaded from here"),
         ({"bf16": True}, "training.bf16: true, but this processor lacks it; leave it out"),
         ({"fp16": True}, "training.fp16: true needs a GPU"),
         ({"torch_compile": True}, "training.torch_compile: true, but no compiler; leave it out"),

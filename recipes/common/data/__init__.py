@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Source", "cut_document", "held_out", "load_data", "row_bytes", "say"]
 
+STREAMED = ("text", "conversation")  # the kinds of which a recipe can learn one row at a time
+
 
 def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load what the `data` section names, as canonical rows of `kind`.
 
-    Returns a DatasetDict (IterableDatasetDict with data.streaming) with "train" and "validation", and "test" where
+    Returns a DatasetDict (with data.streaming, for text and conversations alone, an IterableDatasetDict) with "train" and "validation", and "test" where
     the source has one that is not held out already. The columns are
         text: text (str)                    conversation: messages [, tools]
         preference: prompt, completions, ranks [, tools]
@@ -70,6 +72,10 @@ def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.Iterabl
         problems.append(
             f"data.validation_split: {data.split!r} is the training split too; name another, "
             "or leave it out to hold out data.validation_fraction"
+        )
+    if data.streaming and kind not in STREAMED:
+        problems.append(
+            f"data.streaming: {formats.HOLDS[kind]} are chosen from and come up more than once, so they are read whole; leave it out"
         )
     if problems:
         raise UserError(problems)

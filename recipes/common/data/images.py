@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from recipes.common import formats
 from recipes.common.data.sources import IMAGE_FILES, Source, existing_path, files_below, open_hub
 from recipes.common.data.splits import choose_splits, held_out
-from recipes.common.data.words import PROBLEMS_SHOWN, each, first_line
+from recipes.common.data.words import PROBLEMS_SHOWN, each, first_line, say
 from recipes.common.errors import UserError
 from recipes.common.formats import Kind
 from recipes.common.row_values import BadRow
@@ -31,8 +31,6 @@ def load_images(names: list[str], data: Data, kind: Kind) -> datasets.DatasetDic
     """
     import datasets
 
-    if data.streaming:
-        raise UserError("data.streaming: images are not streamed by this door; leave it out")
     found = each(names, lambda name: _load_image_source(name, data, kind))
     splits: dict[str, list[datasets.Dataset]] = {}
     for one in found:
@@ -68,13 +66,13 @@ def _load_image_source(name: str, data: Data, kind: Kind) -> dict[str, datasets.
         files = [file for file in files_below(path) if file.suffix.lower() in IMAGE_FILES]
         if not files:
             raise UserError(f"data.name: folder {name!r} holds no image ({', '.join(sorted(IMAGE_FILES))})")
-        _check_images(name, path, files)
+        bad = _bad_images(name, path, files, data)
         try:
             whole = datasets.load_dataset("imagefolder", data_dir=str(path))
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             cause = error.__cause__ or error
             raise UserError(f"data.name: folder {name!r}: {first_line(cause)}") from None
-        loaded = {str(split): partial(lambda rows: rows, rows) for split, rows in whole.items()}
+        loaded = {str(split): partial(_without, rows, bad) for split, rows in whole.items()}
         source = Source(name, tuple(loaded), lambda split: [])
     elif path is not None:
         raise UserError(
@@ -128,20 +126,42 @@ def _image_hashes(rows: datasets.Dataset) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
-def _check_images(name: str, folder: Path, files: list[Path]) -> None:
-    """Raise UserError for files that are called images and are none: they would fail in the middle of training."""
+def _bad_images(name: str, folder: Path, files: list[Path], data: Data) -> set[Path]:
+    """Files that are called images and are none, which would fail in the middle of training: counted and listed.
+
+    Raises UserError for them unless data.on_bad_row is skip, and where no good one is left.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    bad = []
+    bad: dict[Path, str] = {}
     for file in files:
         try:
             with Image.open(file):
                 pass
         except (UnidentifiedImageError, OSError) as error:
             reason = "is empty" if file.stat().st_size == 0 else f"is not an image: {first_line(error)}"
-            bad.append(f"{os.path.join(name, file.relative_to(folder))} {reason}")
-    if bad:
-        rest = [f"... and {len(bad) - PROBLEMS_SHOWN} more"] if len(bad) > PROBLEMS_SHOWN else []
-        raise UserError(
-            [*bad[:PROBLEMS_SHOWN], *rest, f"{name}: {len(bad)} of {len(files)} images are bad: remove them"]
-        )
+            bad[file.resolve()] = f"{os.path.join(name, file.relative_to(folder))} {reason}"
+    if not bad:
+        return set()
+    lines = list(bad.values())[:PROBLEMS_SHOWN]
+    lines += [f"... and {len(bad) - PROBLEMS_SHOWN} more"] if len(bad) > PROBLEMS_SHOWN else []
+    if data.on_bad_row == "error" or len(bad) == len(files):
+        advice = "remove them, or set data.on_bad_row: skip to leave them out"
+        if len(bad) == len(files):
+            advice = "nothing is left to use"
+        raise UserError([*lines, f"{name}: {len(bad)} of {len(files)} images are bad: {advice}"])
+    say(f"data: {name}: skipped {len(bad):,} of {len(files):,} images (data.on_bad_row: skip)")
+    for line in lines:
+        say(f"  {line}")
+    return set(bad)
+
+
+def _without(rows: datasets.Dataset, bad: set[Path]) -> datasets.Dataset:
+    """The rows whose image is none of these files."""
+    import datasets
+
+    if not bad:
+        return rows
+    images = rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    kept = [i for i, row in enumerate(images) if Path(cast(dict[str, Any], row)["image"]["path"]).resolve() not in bad]
+    return rows.select(kept)

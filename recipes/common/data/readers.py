@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ SPLIT_NAMES = {
     "eval": "validation",
     "test": "test",
 }
+BLANK = re.compile(r"[ \t\r\n]*")
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[int, Row | BadRow]]  # (number in the source from 1, the raw row or why there is none)
 
@@ -138,6 +140,31 @@ def json_splits(shown: str, path: Path) -> dict[str, list[Any]] | None:
     raise UserError(
         f'{shown}: must be a list of rows, {{"data": [rows]}}, or {{"train": [rows], "validation": [rows]}}'
     )
+
+
+def json_row_line(path: Path, split: str, number: int) -> int | None:
+    """The line on which row `number` (from 1) of a split of `json_splits` begins; None for SQuAD's nested rows."""
+    text = _whole_text(str(path), path)
+    decode = json.JSONDecoder().raw_decode
+
+    def skipped(at: int) -> int:
+        blank = BLANK.match(text, at)
+        return blank.end() if blank else at
+
+    at = skipped(0)
+    if text[at] == "{":  # go to the split's list
+        key = ""
+        while not (split in (key, SPLIT_NAMES.get(key.lower())) or (key == "data" and split == "train")):
+            if key:
+                at = skipped(decode(text, at)[1])
+            key, at = decode(text, skipped(at + 1))
+            at = skipped(skipped(at) + 1)
+    for _ in range(number - 1):
+        row, at = decode(text, skipped(at + 1))
+        at = skipped(at)
+        if isinstance(row, dict) and "paragraphs" in row:
+            return None
+    return text.count("\n", 0, skipped(at + 1)) + 1
 
 
 def _squad_rows(entries: list[Any]) -> list[Any]:

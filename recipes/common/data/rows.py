@@ -73,7 +73,10 @@ class Report:
 def _place(part: Part, number: int) -> str:
     if part.unit == "document":
         return part.shown
-    return f"{part.shown}:{number}" if part.unit == "line" else f"{part.shown}: row {number}"
+    if part.unit == "line":
+        return f"{part.shown}:{number}"
+    line = part.line_of(number) if part.line_of else None
+    return f"{part.shown}: row {number}" if line is None else f"{part.shown}:{line}: row {number}"
 
 
 def arrow_types(kind: str) -> dict[str, pa.DataType]:

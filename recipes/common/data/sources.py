@@ -18,6 +18,7 @@ from recipes.common.data.readers import (
     Row,
     Rows,
     dataset_rows,
+    json_row_line,
     json_splits,
     numbered_rows,
     read_parallel,
@@ -59,6 +60,7 @@ class Part:
     read: Callable[[], Rows]
     unit: Literal["line", "row", "document"] = "row"  # what a number counts; a document is a text file, one row
     stream: Callable[[], datasets.IterableDataset] | None = None  # the hub's own stream
+    line_of: Callable[[int], int | None] | None = None  # where a row begins, in a file that people read
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ def _open_file(name: str, path: Path) -> Source:
                 tuple(splits),
                 lambda split: [
                     Part(
-                        name if len(splits) == 1 else f"{name} ({split})", partial(numbered_rows, lambda: splits[split])
+                        name if len(splits) == 1 else f"{name} ({split})",
+                        partial(numbered_rows, lambda: splits[split]),
+                        line_of=partial(json_row_line, path, split),
                     )
                 ],
             )
@@ -208,7 +212,8 @@ def _open_folder(name: str, path: Path, as_text: bool) -> Source:
                     f"data.name: {shown} holds splits of its own ({', '.join(by_split)}): name the file itself"
                 )
             else:
-                part = Part(shown, partial(numbered_rows, partial(_first_value, by_split)))
+                line_of = partial(json_row_line, file, next(iter(by_split)))
+                part = Part(shown, partial(numbered_rows, partial(_first_value, by_split)), line_of=line_of)
         else:
             part = _file_part(shown, file, file_format)
         (splits.setdefault(split, []) if split else unnamed).append(part)

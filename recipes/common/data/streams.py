@@ -62,11 +62,8 @@ def _stream_source(source: Source, data: Data, kind: Kind) -> dict[str, datasets
         sides = {"train": (train, False), "validation": (train, True)}
     if test is not None:
         sides["test"] = (test, None)
-    # a prompt keeps whatever columns the source has, so its types are known only once it is read
-    features = None
-    if kind != "prompt":
-        types = arrow_types(kind) | ({"tools": pa.string()} if kind in formats.WITH_TOOLS else {})
-        features = datasets.Features.from_arrow_schema(pa.schema(list(types.items())))
+    types = arrow_types(kind) | ({"tools": pa.string()} if kind in formats.WITH_TOOLS else {})
+    features = datasets.Features.from_arrow_schema(pa.schema(list(types.items())))
     streams = {}
     for side, (split, is_held_out) in sides.items():
         parts = source.parts(split)
