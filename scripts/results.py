@@ -53,9 +53,30 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
             "baseline_task_classification",
         ),
     ],
+    "bart": [
+        ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
+        ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
+    ],
     "unilm": [
         ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
         ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
+    ],
+    "adapter_fusion": [
+        ("eval_loss", "nats a token of a new task, 100 rows", "奈特/词元（新任务，100 行）", "target_alone_loss"),
+    ],
+    "madx": [
+        (
+            "exact_match",
+            "tasks right in a language never trained on",
+            "未训练语言的任务正确",
+            "not_swapped_exact_match",
+        ),
+    ],
+    "multi_adapter": [
+        ("exact_match", "tasks right, each by its own adapter", "各任务用自己的适配器，正确", "others_exact_match"),
+    ],
+    "p_tuning_v2": [
+        ("macro_f1", "mean F1 of the kinds of Python tokens", "Python 词元各类别的平均 F1", "majority_macro_f1"),
     ],
     "reward_model": [("reward_accuracy", "held-out pairs ranked right", "留出对排序正确", "baseline_accuracy")],
 }
@@ -72,6 +93,36 @@ for _name in (
     HEADLINES[_name] = [TASKS_RIGHT]
 for _name in ("ppo", "dpo", "grpo"):
     HEADLINES[_name] = [SAMPLED, ("exact_match", "greedy", "贪心", "baseline_exact_match")]
+
+
+CHINESE = {  # what each recipe is, for the Chinese README; the English one has the first line of its docstring
+    "tokenizer": "分词器：在同一份文本上用四种方法训练，在留出文本上比较，保存想要的那一个。",
+    "llama": "LLaMA：从零开始，以预测下一个词元预训练解码器。",
+    "bert": "BERT：预训练能看两侧的编码器：补出被遮的词，判断两段文本是否相接；之后做分类。",
+    "gpt": "GPT-1、GPT-2、GPT-3：同一个目标，三种 Transformer，三种完成任务的办法。",
+    "bart": "BART：预训练编码器-解码器，把被破坏的文本写回来；之后分类、生成、翻译。",
+    "t5": "T5：预训练编码器-解码器，写回被删去的片段；之后一切任务都是文本到文本。",
+    "unilm": "UniLM：一个 Transformer、四种注意力掩码，既会理解也会生成。",
+    "glm": "GLM：用自回归填空预训练一个模型，既会理解也会生成。",
+    "full": "全参数微调：教预训练模型回答问题，所有权重都可以动。",
+    "bitfit": "BitFit：只微调偏置，其余冻结。",
+    "prefix_tuning": "前缀微调：冻结模型，学习放在每一层最前面的键和值。",
+    "prompt_tuning": "提示微调：冻结模型，学习放在每行前面的几个词元的向量。",
+    "p_tuning": "P-tuning：冻结模型，学习站在模板词语之间的词元的向量。",
+    "p_tuning_v2": "P-tuning v2：每一层都有提示（学到的键和值），用于分类和序列标注。",
+    "lora": "LoRA：冻结模型，把每个选中的权重矩阵的变化学成两个瘦矩阵的乘积。",
+    "adalora": "AdaLoRA：边学边剪去奇异值，把秩的预算花在要紧的地方。",
+    "qlora": "QLoRA：冻结的模型存成四比特，上面是全精度的 LoRA。",
+    "ia3": "IA3：冻结模型，给每个键、值和前馈层内部激活学一个系数。",
+    "adapter": "Adapter：冻结模型，在各层的部件之间学习小的瓶颈网络。",
+    "adapter_fusion": "AdapterFusion：每个任务先训练一个适配器并冻结，再用目标任务的少量数据学习该听谁的。",
+    "madx": "MAD-X：任务适配器下面放语言适配器，把任务带到从未见过的语言。",
+    "multi_adapter": "一个底座，多个适配器：全部装入、切换、加权合并、对外服务。",
+    "reward_model": "奖励模型：带标量头的语言模型，训练到好的回答得分更高。",
+    "ppo": "PPO：让对话模型在学到的奖励上变好，又不离起点太远。",
+    "dpo": "DPO：直接从偏好学习，策略自己的对数概率就是奖励模型。",
+    "grpo": "GRPO：没有价值网络的强化学习，一个回答与同一提示的其他回答比较。",
+}
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -91,7 +142,7 @@ def table(stored: dict[str, Any], chinese: bool = False) -> str:
     head = "| 配方 | 内容 | 结果 | 基线 | 用时 |" if chinese else "| recipe | what it is | result | baseline | took |"
     lines = [head, "|---|---|---|---|---|"]
     for name, path in recipes().items():
-        what = summary(path)
+        what = CHINESE.get(name, summary(path)) if chinese else summary(path)
         if name not in stored:
             lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | | | |")
             continue
