@@ -54,8 +54,8 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
         ),
     ],
     "bart": [
-        ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
         ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
+        ("translation_loss", "nats a token of a translation", "奈特/译文词元", "baseline_translation_loss"),
     ],
     "unilm": [
         ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),

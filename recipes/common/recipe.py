@@ -148,11 +148,14 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
     if loaded.print_config:
         print(loaded.print())
         return
+    from recipes.common.machine import forget_peak_memory
+
     check_world_size()
     started = time.perf_counter()
     _check_run_name(run_values)
     _set_threads(run_values.get("threads"))
     _quiet_libraries()
+    forget_peak_memory()
     config = loaded.build()
     if (training := getattr(config, "training", None)) is not None:
         check_sharding(training)

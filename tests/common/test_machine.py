@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from recipes.common import machine
 from recipes.common.errors import UserError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -56,3 +60,18 @@ def test_threads_that_no_machine_has() -> None:
     assert machine.choose_threads(64) == machine.Choice(64, "run.threads")  # more than the cores is slow, and allowed
     with pytest.raises(UserError, match=r"run\.threads: 4000000000, and this machine has \d+ cores"):
         machine.choose_threads(4_000_000_000)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux forgets a peak")
+def test_the_peak_of_memory_is_this_process_s_own_and_can_be_forgotten() -> None:
+    before = machine.peak_memory_gib()
+    block = bytearray(300_000_000)
+    held = machine.peak_memory_gib()
+    del block
+    machine.forget_peak_memory()
+    assert held > before and machine.peak_memory_gib() < held - 0.2
+    told = subprocess.run(
+        [sys.executable, "-c", "from recipes.common.machine import peak_memory_gib; print(peak_memory_gib())"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    ).stdout  # fmt: skip
+    assert float(told) < 0.1  # this process, which has torch, holds more
