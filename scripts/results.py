@@ -47,10 +47,10 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
     "t5": [
         ("eval_loss", "nats a token of the spans cut out", "奈特/被删片段词元", "unigram_loss"),
         (
-            "task_classification",
-            "of held-out packages written right",
-            "留出文档串写对包名",
-            "baseline_task_classification",
+            "task_translation",
+            "of held-out questions translated exactly",
+            "留出问题翻译完全正确",
+            "baseline_task_translation",
         ),
     ],
     "bart": [
