@@ -48,8 +48,8 @@ STAGES = [
     Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, MADE_WITH["tokenizer"]),
     Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9),
     Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 5.3),
-    Stage("ppo", "alignment", "PPO against the reward model", 2.8),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 4.4),
+    Stage("ppo", "alignment", "PPO against the reward model", 2.6),
 ]
 
 SUMMARY = {  # summary.json <- (recipe, figure of its metrics.json)

@@ -52,10 +52,17 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
             "留出问题翻译完全正确",
             "baseline_task_translation",
         ),
+        (
+            "task_classification",
+            "of held-out packages written right",
+            "留出文档串写对包名",
+            "baseline_task_classification",
+        ),
     ],
     "bart": [
         ("generation_loss", *SUMMARY_LOSS, "baseline_generation_loss"),
         ("translation_loss", "nats a token of a translation", "奈特/译文词元", "baseline_translation_loss"),
+        ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),
     ],
     "unilm": [
         ("classification_accuracy", *PACKAGES_TOLD, "baseline_classification_accuracy"),

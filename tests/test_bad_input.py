@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chat import make_model, save_tokenizer_and_model
+from tiny_chat import TINY_LLAMA, make_model, save_tokenizer_and_model
 
 from recipes.common import machine
 from recipes.common.machine import Choice
 from recipes.pretraining import llama
-
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +40,7 @@ def line(sources: Path, changes: dict[str, Any]) -> list[str]:
     """The command line of a run that works, with changes; None leaves a word out."""
     words = {
         "model.tokenizer": "{}/tokenizer",
-        "model.config": json.dumps(MODEL),
+        "model.config": json.dumps(TINY_LLAMA),
         "data.name": "{}/text.txt",
         "llama.block_length": 64,
         "llama.compare_with_xz": "false",
@@ -67,7 +58,7 @@ def line(sources: Path, changes: dict[str, Any]) -> list[str]:
 
 
 def model(**changes: Any) -> dict[str, Any]:
-    return {"model.config": json.dumps({**MODEL, **changes})}
+    return {"model.config": json.dumps({**TINY_LLAMA, **changes})}
 
 
 CASES: list[tuple[dict[str, Any], str]] = [

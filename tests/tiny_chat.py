@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+TINY_LLAMA: dict[str, Any] = {  # a model.config
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 SHORT_RUN: dict[str, Any] = {
     "training.max_steps": 40,
     "training.max_length": 64,

@@ -16,7 +16,7 @@ https://arxiv.org/abs/2503.14476; details as in Huang et al. 2024, "The N+ Imple
 https://arxiv.org/abs/2403.17031
 
     make ppo                                       # laptop, offline, 3 minutes, after `make full`, `make reward_model`
-    make ppo CONFIG=verifiable                     # laptop: the tasks' checker is the reward, after `make full`
+    make ppo CONFIG=verifiable                     # laptop: the tasks' checker is the reward, after `make full`; 4 minutes
     make ppo CONFIG=gpu                            # one GPU, a public model and a reward model from it
     make ppo CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node; scripts/ has SLURM
 
@@ -406,6 +406,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import preflight
+    from recipes.common.shared_prompts import check_kernel
     from recipes.common.training import Loop, make_accelerator
     from recipes.common.verifiable_rewards import find, tasks
 
@@ -424,6 +425,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     function = find(ppo.reward_function, rows.column_names) if ppo.reward_function else None
 
     policy = load_model(config.model, tokenizer, run)
+    check_kernel(policy.config)
     check(config, max(map(len, prompts + held_out_prompts)), policy, processes)
     text, held_out_text = plain_text(config, tokenizer, run) if config.pretraining else (None, None)
     if config.lora is not None:

@@ -21,9 +21,9 @@ Three more, all off by default, are about what the scores are to look like:
 InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; GRM: Yang et al. 2024, https://arxiv.org/abs/2406.10216
 Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
 
-    make reward_model                                       # laptop, offline, 6 minutes, from `make full`
+    make reward_model                                       # laptop, offline, 5 minutes, from `make full`
     make reward_model CONFIG=length_debiased                # laptop, with pairs of which length tells nothing
-    make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf), 10 minutes
+    make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf)
     make reward_model CONFIG=gpu                            # one GPU, a public model and preference set
     make reward_model CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node
 
@@ -103,20 +103,20 @@ def sample_candidates(
     be checked.
     """
     from recipes.common.builtin.tasks import check
-    from recipes.common.generation import generate, is_checkable
+    from recipes.common.generation import is_checkable
     from recipes.common.models import load_model
+    from recipes.common.own_answers import sample_answers
 
     if not is_checkable(rows[0]):
         raise UserError("reward.candidates: sampled answers need a labeller, and only the builtin tasks have a checker")
-    policy, k = load_model(config.model, tokenizer, run), config.reward.samples
-    answers = generate(
-        policy.to(config.training.device), tokenizer, [row["prompt"] for row in rows for _ in range(k)],
-        max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size,
-        temperature=1.0, seed=config.training.seed, bf16=config.training.bf16,
+    policy: Any = load_model(config.model, tokenizer, run)
+    answers = sample_answers(
+        policy.to(config.training.device), tokenizer, list(rows), config.reward.samples, config.evaluation,
+        seed=config.training.seed, bf16=config.training.bf16,
     )  # fmt: skip
     found, wrong_ones = [], 0
-    for i, row in enumerate(rows):
-        wrong = [text for text in dict.fromkeys(answers[i * k : (i + 1) * k]) if text.strip() and not check(row, text)]
+    for row, texts in zip(rows, answers, strict=True):
+        wrong = [text for text in dict.fromkeys(texts) if text.strip() and not check(row, text)]
         wrong_ones += bool(wrong)
         kept = len(row["completions"]) if beside_given else 1
         completions, ranks = row["completions"][:kept], row["ranks"][:kept]
@@ -127,7 +127,7 @@ def sample_candidates(
         raise UserError(
             "reward.candidates: the model answered every sampled prompt right, so there is nothing to compare"
         )
-    run.say(f"  sampled {k} answers to {len(rows)} prompts: {wrong_ones} prompts with wrong ones")
+    run.say(f"  sampled {config.reward.samples} answers to {len(rows)} prompts: {wrong_ones} prompts with wrong ones")
     return rows.from_list(found)
 
 
@@ -313,11 +313,8 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
             )
             states = told.hidden_states[-1]  # [B, L, H]
             there = ranks >= 0  # [B, K]
-            scores, ranks_of, group = (
-                answer_scores(self.model, states, rows)[there],
-                ranks[there],
-                there.nonzero()[:, 0],
-            )  # [N]
+            scores = answer_scores(self.model, states, rows)[there]  # [N], as are the next two
+            ranks_of, group = ranks[there], there.nonzero()[:, 0]
             with torch.no_grad():
                 pair = (group[:, None] == group[None, :]) & (ranks_of[:, None] < ranks_of[None, :])  # [N, N]
                 difference = (scores[:, None] - scores[None, :])[pair]
@@ -458,6 +455,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     )
     from recipes.common.preflight import preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
+    from recipes.common.shared_prompts import check_kernel
     from recipes.common.training import fit
 
     if config.reward.optimizer == "muon":
@@ -476,6 +474,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
             f"reward.{name}_coefficient: the output head of this model is not its word embeddings, and a "
             "sequence-classification model does not have it: use 0"
         )
+    check_kernel(model.config)
     freeze(model, config.reward.frozen_layers)
     grow(model, config.reward.new_layers)
     if knobs.likelihood_coefficient:

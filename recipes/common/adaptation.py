@@ -232,8 +232,9 @@ def announce(task: Task, trainer: Any, run: RunFolder, evaluation: Evaluation | 
     if task.type == "CAUSAL_LM":
         return sft.announce(trainer, run, answers)
     batch = next(iter(trainer.get_train_dataloader()))
-    options: Any = {"args": trainer.args, "total_steps": total_steps(trainer), "trainer": trainer, "answers": answers}
-    preflight(run, trainer.model, batch, **options)
+    preflight(
+        run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer), trainer=trainer, answers=answers
+    )
     return batch
 
 

@@ -130,7 +130,7 @@ def fine_tune(
     from torch.nn import functional as F
     from transformers import get_linear_schedule_with_warmup, set_seed
 
-    from recipes.common.text_to_text import smoothed_loss
+    from recipes.common.fused_loss import smoothed_loss
     from recipes.common.training import stop_at_nan
 
     set_seed(args.seed)

@@ -13,56 +13,17 @@ Devlin et al. 2019, https://arxiv.org/abs/1810.04805, section 3.1 and appendix A
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from recipes.common.run_folder import RunFolder
-    from recipes.common.sections import Model
-
-T = TypeVar("T")
 IGNORED = -100  # label of a token that the loss leaves out
 FOLLOWS, ANOTHER = 0, 1  # next_sentence_label
-
-
-def marked(add: Callable[[Any], T], tokenizer: PreTrainedTokenizerBase, model: Model, run: RunFolder) -> T:
-    """What `add(tokenizer)` gives: it puts in the tokens that an objective writes (masks, sentinels). Says which were missing.
-
-    Raises UserError, with the way to add them, where the model is pretrained: it has no rows for new tokens.
-    """
-    before = set(tokenizer.get_vocab())
-    marks = add(tokenizer)
-    new = [token for token in tokenizer.get_added_vocab() if token not in before]
-    shown = ", ".join(new if len(new) <= 4 else [*new[:2], "...", new[-1]])
-    if new and model.name is not None:
-        raise UserError(
-            f"model.name: the tokenizer of {model.name} has no {shown}, which this objective writes, and the model no rows for "
-            f"them. To add them: tokenizer.add_tokens({new[:3]}{' + ...' if len(new) > 3 else ''}, special_tokens=True), then "
-            "model.resize_token_embeddings(len(tokenizer)); save both in a folder, and give that as model.name"
-        )
-    if new:
-        run.say(f"  tokenizer: {shown} added, which the objective writes")
-    return marks
-
-
-def refuse_special_tokens_alone(blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if the first 32 blocks of text hold special tokens alone, such as <|unk|>: there is nothing to learn."""
-    special = set(tokenizer.all_special_ids)
-    found = {token for block in itertools.islice(blocks, 32) for token in block["input_ids"]}
-    if found and found <= special:
-        shown = ", ".join(tokenizer.convert_ids_to_tokens(sorted(found)))
-        raise UserError(
-            f"data: the first blocks of text hold special tokens alone ({shown}), so there is nothing to learn: the tokenizer "
-            "does not know the text's characters; train one on it (`make tokenizer`), or give another model.tokenizer"
-        )
 
 
 def add_marks(tokenizer: PreTrainedTokenizerBase) -> None:

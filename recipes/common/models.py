@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes.common.errors import UserError
 from recipes.common.hub import is_cached, why_not_on_hub
@@ -19,6 +20,7 @@ from recipes.common.sections import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = 500_000_000  # parameters above which a dry run does not fill the weights
 # What a recipe is told when another one needs its result: the tokenizer's would train four kinds to compare them.
@@ -78,8 +80,11 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         options["local_files_only"] = True  # what an earlier run fetched serves without a network too
     try:
         return load(name, **options)
-    except ImportError as error:
-        raise UserError(f"model.attention: {first_line(error)}") from error
+    except ImportError as error:  # a kernel, or what the tokenizer or the quantisation is written with
+        key = (
+            "model.attention" if "attention" in str(error).lower() else f"model: the {what} in {name} cannot be loaded"
+        )
+        raise UserError(f"{key}: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if looks_local:
             raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
@@ -258,3 +263,23 @@ def _parameters_of(auto_class: Any, config: Any) -> int:
 
     with torch.device("meta"):
         return sum(p.numel() for p in auto_class.from_config(config).parameters())
+
+
+def extend_vocabulary(add: Callable[[Any], T], tokenizer: PreTrainedTokenizerBase, model: Model, run: RunFolder) -> T:
+    """What `add(tokenizer)` gives: it puts in the tokens that an objective writes (masks, sentinels). Says which were missing.
+
+    Raises UserError, with the way to add them, where the model is pretrained: it has no rows for new tokens.
+    """
+    before = set(tokenizer.get_vocab())
+    marks = add(tokenizer)
+    new = [token for token in tokenizer.get_added_vocab() if token not in before]
+    shown = ", ".join(new if len(new) <= 4 else [*new[:2], "...", new[-1]])
+    if new and model.name is not None:
+        raise UserError(
+            f"model.name: the tokenizer of {model.name} has no {shown}, which this objective writes, and the model no rows for "
+            f"them. To add them: tokenizer.add_tokens({new[:3]}{' + ...' if len(new) > 3 else ''}, special_tokens=True), then "
+            "model.resize_token_embeddings(len(tokenizer)); save both in a folder, and give that as model.name"
+        )
+    if new:
+        run.say(f"  tokenizer: {shown} added, which the objective writes")
+    return marks

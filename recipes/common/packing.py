@@ -9,6 +9,8 @@ keeps a token from seeing the document before it (masking_utils.find_packed_sequ
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.chat import encode_plain
@@ -24,7 +26,8 @@ def pack_texts(
 ) -> Dataset | IterableDataset:
     """Rows of {"text"} to rows of {"input_ids": (length,)} (and "position_ids"), each document ended by the eos token.
 
-    Documents are joined within batches of 1,000, so the loss at the seams is one short block a batch.
+    Documents are joined within batches of 1,000, so the loss at the seams is one short block a batch. Raises UserError
+    for less text than one block, and as `refuse_special_tokens_alone`.
     """
     import numpy as np
 
@@ -48,6 +51,19 @@ def pack_texts(
     packed = dataset.map(pack, **options)
     if hasattr(packed, "__len__") and len(packed) == 0:
         raise UserError(
-            f"the training text is shorter than one block of {length} tokens: give more text, or a smaller block length"
+            f"data: a text is shorter than one block of {length} tokens: give more text, or a smaller block length"
         )
+    refuse_special_tokens_alone(packed, tokenizer)
     return packed
+
+
+def refuse_special_tokens_alone(blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if the first 32 blocks of text hold special tokens alone, such as <|unk|>: there is nothing to learn."""
+    special = set(tokenizer.all_special_ids)
+    found = {token for block in itertools.islice(blocks, 32) for token in block["input_ids"]}
+    if found and found <= special:
+        shown = ", ".join(tokenizer.convert_ids_to_tokens(sorted(found)))
+        raise UserError(
+            f"data: the first blocks of text hold special tokens alone ({shown}), so there is nothing to learn: the tokenizer "
+            "does not know the text's characters; train one on it (`make tokenizer`), or give another model.tokenizer"
+        )

@@ -41,13 +41,31 @@ def start_model(policy: Any, reference: Any) -> Iterator[Any]:
         yield policy.get_base_model()
 
 
+def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Any:
+    """A causal model's output with logits at the response only: [B, P+R] -> logits [B, R, V].
+
+    The logits at position t are for token t+1: those of the R response tokens stand at P-1 .. P+R-2. So the last token
+    is not fed at all, and the first P-1 positions, most of a short answer's sequence, never reach the vocabulary.
+    """
+    from recipes.common.rlhf import positions
+
+    ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask),
+        logits_to_keep=input_ids.shape[1] - prompt_length,
+        use_cache=False,
+    )
+
+
 def response_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], fill: int
 ) -> tuple[Tensor, Tensor]:
     """log p of each token of each answer, and which entries are tokens: [B, R] both, R the longest answer."""
     import torch
 
-    from recipes.common.rlhf import pad, response_logits, token_logprobs
+    from recipes.common.rlhf import pad, token_logprobs
 
     device = next(model.parameters()).device
     (left, left_mask), (right, mask) = pad(prompts, fill, "left"), pad(answers, fill, "right")

@@ -182,15 +182,16 @@ def model_scores(
     import torch
 
     from recipes.common.rlhf import answer_scores, shared_states
-    from recipes.common.shared_prompts import take
+    from recipes.common.shared_prompts import batches
     from recipes.common.verifiable_rewards import checked
 
     assert models.reward_model is not None
     with timed(answers.seconds, "score"), torch.no_grad(), accelerator.autocast():
-        rows, parts = rows_of(models, answers, list(range(len(answers.ids))), count, accelerator.device), []
-        for chosen in torch.arange(len(rows.input_ids)).split(max(1, args.per_device_train_batch_size // count)):
-            some = take(rows, chosen)
-            parts.append(answer_scores(models.reward_model, shared_states(models.reward_model, some), some).flatten())
+        rows = rows_of(models, answers, list(range(len(answers.ids))), count, accelerator.device)
+        parts = [
+            answer_scores(models.reward_model, shared_states(models.reward_model, some), some).flatten()
+            for some in batches(rows, args.per_device_train_batch_size)
+        ]
         scores = torch.cat(parts)
         checked(scores.tolist(), len(scores), "ppo.reward_model")
     scale = models.reward_model.config
@@ -238,12 +239,11 @@ def read(
 
     from recipes.common.policy_figures import start_model
     from recipes.common.rlhf import answers_told
-    from recipes.common.shared_prompts import take
+    from recipes.common.shared_prompts import batches
 
     rows, parts = rows_of(models, answers, kept, count, accelerator.device), []
     with timed(answers.seconds, "read"), torch.no_grad(), accelerator.autocast():
-        for chosen in torch.arange(len(rows.input_ids)).split(max(1, args.per_device_train_batch_size // count)):
-            some = take(rows, chosen)
+        for some in batches(rows, args.per_device_train_batch_size):
             told = models.learner(some, with_entropy=True)
             with start_model(accelerator.unwrap_model(models.learner).policy, models.reference) as reference:
                 _, logprobs, _ = answers_told(reference, some)

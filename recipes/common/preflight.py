@@ -88,8 +88,7 @@ def preflight(
     `batch` is one process's micro-batch, as the model will get it: a step has gradient_accumulation_steps of them on
     every process. `trainer` makes the estimate of memory better: its optimizer counts, and on a processor a dry run tries
     a step, after `answers`, which measures a few held-out rows as the run will. `scored`: positions that have logits all at
-    once; default: all. Sets flops_per_token and the parameter counts
-    among the run's figures. Raises DryRunDone or UserError.
+    once; default: all. Sets flops_per_token and the parameter counts among the run's figures. Raises DryRunDone or UserError.
     """
     import psutil
     import torch

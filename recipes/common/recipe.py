@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from recipes.common import machine
 from recipes.common.config import Loaded, help_text, load_config, to_yaml
 from recipes.common.errors import DryRunDone, Interrupted, UserError
 from recipes.common.launch import check_sharding, check_world_size, environment_defaults, launcher_arguments
@@ -148,14 +149,12 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
     if loaded.print_config:
         print(loaded.print())
         return
-    from recipes.common.machine import forget_peak_memory
-
     check_world_size()
     started = time.perf_counter()
     _check_run_name(run_values)
     _set_threads(run_values.get("threads"))
     _quiet_libraries()
-    forget_peak_memory()
+    machine.forget_peak_memory()
     config = loaded.build()
     if (training := getattr(config, "training", None)) is not None:
         check_sharding(training)
@@ -192,9 +191,7 @@ def _check_run_name(run_values: dict[str, Any]) -> None:
 
 
 def _set_threads(asked: int | None) -> None:
-    from recipes.common.machine import choose_threads
-
-    threads = int(choose_threads(asked).value)
+    threads = int(machine.choose_threads(asked).value)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
@@ -211,8 +208,6 @@ def _quiet_libraries() -> None:
 
 
 def _say_choices(run: RunFolder, config: Any) -> None:
-    from recipes.common import machine
-
     run.say(f"{run.recipe} -> {run.path}" + ("  (dry run)" if run.dry else ""))
     threads = machine.choose_threads(config.run.threads)
     run.choose("threads", threads.value, threads.reason)

@@ -286,12 +286,10 @@ def pad(sequences: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tenso
     return ids, mask
 
 
-def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [B, L, H] of a sequence-classification model's backbone, right under either padding."""
+def backbone_states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [B, L, H] of a sequence-classification model's backbone."""
     backbone = getattr(model, model.base_model_prefix)
-    return backbone(
-        input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
-    ).last_hidden_state
+    return backbone(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 def score_head(model: Any, states: Tensor) -> Tensor:
@@ -317,19 +315,13 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     What `model(input_ids, attention_mask).logits` gives, except that real tokens are known by the mask, not by being
     other than the pad token, and that the head is not rounded to bf16.
     """
-    states = backbone_states(model, input_ids, attention_mask)
+    states = backbone_states(model, input_ids, attention_mask, positions(attention_mask))
     return score_head(model, states[torch.arange(len(states), device=states.device), last_real_token(attention_mask)])
 
 
 def shared_states(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """Last hidden states [B, L, H] of a sequence-classification model's backbone on shared rows."""
-    backbone = getattr(model, model.base_model_prefix)
-    return backbone(
-        rows.input_ids,
-        attention_mask=attention_mask(rows.branch, model.config),
-        position_ids=rows.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    """`backbone_states` of shared rows: [B, L, H]."""
+    return backbone_states(model, rows.input_ids, attention_mask(rows.branch, model.config), rows.position_ids)
 
 
 def answer_scores(model: Any, states: Tensor, rows: Rows) -> Tensor:
@@ -339,7 +331,7 @@ def answer_scores(model: Any, states: Tensor, rows: Rows) -> Tensor:
 
 def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """What the score would be, were each token the last: [B, L] -> [B, L]. Only the last one was ever trained."""
-    return score_head(model, backbone_states(model, input_ids, attention_mask))
+    return score_head(model, backbone_states(model, input_ids, attention_mask, positions(attention_mask)))
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -358,25 +350,6 @@ def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer pads with its stop token {tokenizer.eos_token!r}: a score is read at the last token that "
             "is not padding, so the stop would go unread; give a model.tokenizer that has a pad token of its own"
         )
-
-
-def response_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_length: int, **options: Any
-) -> Any:
-    """A causal model's output with logits at the response only: [B, P+R] -> logits [B, R, V].
-
-    The logits at position t are for token t+1: those of the R response tokens stand at P-1 .. P+R-2. So the last token
-    is not fed at all, and the first P-1 positions, most of a short answer's sequence, never reach the vocabulary.
-    """
-    ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
-    return model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions(mask),
-        logits_to_keep=input_ids.shape[1] - prompt_length,
-        use_cache=False,
-        **options,
-    )
 
 
 def answers_told(model: Any, rows: Rows, with_entropy: bool = False, **options: Any) -> tuple[Any, Tensor, Any]:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
@@ -190,6 +191,12 @@ class RunFolder:
                     tokenizer.save_pretrained(temporary)
         wait_for_everyone()
         return path
+
+    def save_code(self, module: ModuleType) -> None:
+        """A module's file beside the weights, for whoever loads them without this repository; transformers never runs it."""
+        code = Path(str(module.__file__))
+        if self.is_main:
+            write_atomically(self.path / "model" / code.name, code.read_bytes())
 
     def leave_if_unused(self) -> None:
         """Remove the folder if nothing ran in it: after a refusal or a dry run it would pass for an unfinished run."""

@@ -73,8 +73,10 @@ def announce(trainer: SFTTrainer, run: RunFolder, answers: Callable[[], Any] | N
     batch = next(iter(trainer.get_train_dataloader()))
     # TRL's fused head holds a few logits at a time, ours those of the tokens that are learned
     scored = int((batch["labels"] != IGNORED).sum()) if scores_only_answers(trainer) else 0
-    options: Any = {"args": trainer.args, "total_steps": total_steps(trainer), "trainer": trainer, "scored": scored}
-    preflight(run, model_of(trainer), batch, answers=answers, **options)
+    preflight(
+        run, model_of(trainer), batch,
+        args=trainer.args, total_steps=total_steps(trainer), trainer=trainer, scored=scored, answers=answers,
+    )  # fmt: skip
     if scores_only_answers(trainer):
         # MFU must not count the products that are saved: the head's, for tokens that are not learned
         head = model_of(trainer).get_output_embeddings().weight

@@ -12,7 +12,7 @@ Shapes: B prompts, K answers at most to one of them, L tokens a row, R tokens of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipes.common.errors import UserError
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     before: Tensor  # [B, K, R]: the column of the token that each answer token follows
     at: Tensor  # [B, K, R]: the column of the answer token itself
     mask: (
-        Tensor  # [B, K, R]: 1 on the answers' tokens, 0 on padding, whose `before` and `at` are the prompt's last token
+        Tensor  # [B, K, R]: 1 on the answers' tokens; padding has 0, and the prompt's last column in `before` and `at`
     )
 
 
@@ -74,6 +74,14 @@ def take(rows: Rows, chosen: Tensor) -> Rows:
     return Rows(ids, positions, branch, some.before - first, some.at - first, some.mask)
 
 
+def batches(rows: Rows, answers: int) -> Iterator[Rows]:
+    """The prompts in order, with at most so many answers at a time (one prompt's, if it has more)."""
+    import torch
+
+    for chosen in torch.arange(len(rows.mask)).split(max(1, answers // rows.mask.shape[1])):
+        yield take(rows, chosen)
+
+
 def visible(branch: Tensor) -> Tensor:
     """What each token may look at: [B, L] -> [B, 1, L, L]. Padding sees itself, so that no softmax is over nothing."""
     import torch
@@ -84,19 +92,25 @@ def visible(branch: Tensor) -> Tensor:
     return (earlier & ((seen == 0) | (seen == looks)) & (seen >= 0) | (here[:, None] == here[None, :]))[:, None]
 
 
+def check_kernel(config: Any) -> None:
+    """Raise UserError for a model whose attention takes no mask of one's own."""
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise UserError(
+            f"model.attention: {config._attn_implementation} takes no mask that keeps the answers to one prompt apart: "
+            "use sdpa, or eager"
+        )
+
+
 def attention_mask(branch: Tensor, config: Any) -> Tensor:
     """`visible`, [B, 1, L, L], in the form that the attention of a model with this config takes: "sdpa" a boolean,
-    "eager" what is added to the scores. Raises UserError for a kernel that takes no mask of one's own."""
+    "eager" what is added to the scores. Raises UserError as `check_kernel`."""
     import torch
 
-    kernel, see = config._attn_implementation, visible(branch)
-    if kernel == "sdpa":
+    check_kernel(config)
+    see = visible(branch)
+    if config._attn_implementation == "sdpa":
         return see
-    if kernel == "eager":
-        return torch.zeros(see.shape, device=see.device).masked_fill(~see, torch.finfo(torch.float32).min)
-    raise UserError(
-        f"model.attention: {kernel} takes no mask that keeps the answers to one prompt apart: use sdpa, or eager"
-    )
+    return torch.zeros(see.shape, device=see.device).masked_fill(~see, torch.finfo(torch.float32).min)
 
 
 def at_columns(x: Tensor, columns: Tensor) -> Tensor:

@@ -273,15 +273,14 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.denoising import KINDS, add_marks, corrupt
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
-    from recipes.common.masked_language import marked, refuse_special_tokens_alone
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
     from recipes.common.text_to_text import Pair, batch_of, flops_per_source_token
 
     bart, training = config.bart, config.training
     tokenizer = load_tokenizer(config.model, run)
-    marks = marked(add_marks, tokenizer, config.model, run)
+    marks = extend_vocabulary(add_marks, tokenizer, config.model, run)
     model: Any = load_model(
         config.model, tokenizer, run, AutoModelForSeq2SeqLM,
         decoder_start_token_id=marks.end, forced_eos_token_id=None,
@@ -291,7 +290,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, bart.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, bart.block_length)]
-    refuse_special_tokens_alone(blocks, tokenizer)
 
     def noised(texts: list[list[int]], draws: list[int], seed: int, kinds: tuple[Any, ...]) -> dict[str, Tensor]:
         pairs = []

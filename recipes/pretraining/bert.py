@@ -233,15 +233,16 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.draws import generator, numbered
     from recipes.common.held_out import unigram_loss
-    from recipes.common.masked_language import add_marks, marked, refuse_special_tokens_alone, sample
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.masked_language import add_marks, sample
+    from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.packing import refuse_special_tokens_alone
     from recipes.common.preflight import preflight
     from recipes.common.training import fit, total_steps
 
     bert, training = config.bert, config.training
     tokenizer: Any = load_tokenizer(config.model, run)
-    marked(add_marks, tokenizer, config.model, run)
+    extend_vocabulary(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
     check(config, model)
     predict_hidden(model)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -36,7 +35,7 @@ from recipes.common.config import Section
 from recipes.common.downstream import Downstream
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
-from recipes.common.run_folder import RunFolder, write_atomically
+from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
@@ -243,21 +242,19 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
-    from recipes.common.masked_language import marked, refuse_special_tokens_alone
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
 
     glm, training = config.glm, config.training
     tokenizer = load_tokenizer(config.model, run)
-    marks = marked(add_marks, tokenizer, config.model, run)
+    marks = extend_vocabulary(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run)
     check(config, model)
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, glm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, glm.block_length)]
-    refuse_special_tokens_alone(blocks, tokenizer)
     corrupt = Corrupter(marks, sentence_marks(tokenizer), glm.mix, glm.mask_rate, glm.mean_span, glm.shortest_document)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -279,9 +276,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     figures = pretrain_and_score(
         trainer, tokenizer, held_out_batches(), run, time_limit_minutes=config.run.time_limit_minutes
     )
-    if run.is_main:
-        code = Path(modeling_blank_infilling.__file__)
-        write_atomically(run.path / "model" / code.name, code.read_bytes())
+    run.save_code(modeling_blank_infilling)
     run.card(CARD)
     for objective in OBJECTIVES:
         figures[f"eval_loss_{objective}"] = mean_loss(model, held_out_batches(objective, 200), training)

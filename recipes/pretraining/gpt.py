@@ -169,7 +169,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.gpt_tasks import compare_on_task, load_task
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
     from recipes.common.in_context import ask_in_context, check_room, load_questions
-    from recipes.common.masked_language import refuse_special_tokens_alone
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
@@ -185,7 +184,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, gpt.block_length)
-    refuse_special_tokens_alone(blocks, tokenizer)
     texts = [row["text"] for row in data["validation"]]
     held_out, tokens_per_character = held_out_blocks(texts, tokenizer, gpt.block_length)
 

@@ -147,7 +147,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.fused_loss import fuse_next_token_loss
     from recipes.common.generation import continue_prompts
-    from recipes.common.masked_language import refuse_special_tokens_alone
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
@@ -169,7 +168,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, llama.block_length, mask_documents=llama.mask_documents)
-    refuse_special_tokens_alone(blocks, tokenizer)
     held_out = [row["text"] for row in data["validation"]]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -264,15 +264,16 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.downstream import two_starts
     from recipes.common.draws import generator, numbered, pretrain_and_score
-    from recipes.common.masked_language import marked, refuse_special_tokens_alone
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.packing import pack_texts
     from recipes.common.span_corruption import add_sentinels, corrupt, longest_text, noise_mask
     from recipes.common.text_to_text import flops_per_source_token
 
     t5, training = config.t5, config.training
     tokenizer = load_tokenizer(config.model, run)
-    sentinels = marked(lambda tokenizer: add_sentinels(tokenizer, t5.sentinels), tokenizer, config.model, run)
+    sentinels = extend_vocabulary(
+        lambda tokenizer: add_sentinels(tokenizer, t5.sentinels), tokenizer, config.model, run
+    )
     model: Any = load_model(
         config.model, tokenizer, run, AutoModelForSeq2SeqLM, decoder_start_token_id=tokenizer.pad_token_id
     )
@@ -282,7 +283,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, text_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, text_length)]
-    refuse_special_tokens_alone(blocks, tokenizer)
 
     def spans_cut(texts: list[list[int]], draws: list[int], seed: int) -> dict[str, Tensor]:
         """input_ids: (batch, inputs), labels: (batch, targets); all texts have one length, so there is no padding."""

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -37,7 +36,7 @@ from recipes.common.config import Section
 from recipes.common.downstream import Downstream
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
-from recipes.common.run_folder import RunFolder, write_atomically
+from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
@@ -236,8 +235,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.data import load_data
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
-    from recipes.common.masked_language import marked, refuse_special_tokens_alone
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
     from recipes.common.prefix_masks import (
@@ -251,7 +249,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     unilm, training = config.unilm, config.training
     tokenizer = load_tokenizer(config.model, run)
-    marks = marked(add_marks, tokenizer, config.model, run)
+    marks = extend_vocabulary(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
     check(config, model)
     train_on_cloze(model)
@@ -259,7 +257,6 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, unilm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
-    refuse_special_tokens_alone(blocks, tokenizer)
 
     def corrupt(texts: list[list[int]], draws: list[int], seed: int, kind: int | None = None) -> dict[str, Tensor]:
         others = [*texts[1:], texts[0]]  # where the wrong next segments come from
@@ -298,9 +295,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     ]
     if asked:  # a single block has no other to be put beside
         figures["next_sentence_accuracy"] = next_sentence_accuracy(model, asked, training)
-    if run.is_main:  # the masks, for whoever loads the model without this repository; transformers never runs the file
-        code = Path(prefix_masks.__file__)
-        write_atomically(run.path / "model" / code.name, code.read_bytes())
+    run.save_code(prefix_masks)
     run.card(CARD)
 
     figures |= compare_classification(config, run, tokenizer, marks, model)

@@ -70,3 +70,21 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def judge(tiny: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of the tiny language: "k" is best."""
+    from recipes.alignment import reward_model
+    from recipes.common.recipe import run_recipe
+
+    root = tmp_path_factory.mktemp("judge")
+    argv = [
+        *("--model.name", str(tiny), "--data.name", str(preferences), "--run.root", str(root), "--run.threads", "1"),
+        *("--training.max_steps", "40", "--training.per_device_train_batch_size", "16"),
+        *("--training.learning_rate", "3e-3", "--training.bf16", "false"),
+        *("--reward.frozen_layers", "0", "--reward.new_layers", "0", "--reward.optimizer", "adamw"),
+        *("--reward.language_coefficient", "0", "--reward.likelihood_coefficient", "0"),
+    ]
+    assert run_recipe(reward_model.main, reward_model.Config, argv) == 0
+    return root / "reward_model" / "default" / "model"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipes.alignment import grpo
-from recipes.common import rlhf
+from recipes.common import policy_figures, rlhf
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 
@@ -209,7 +209,7 @@ def made_up_batch(trainer: Any) -> dict[str, torch.Tensor]:
     mask = (torch.arange(5) < torch.tensor([1, 5, 3, 5])[:, None]).long()
     ids = torch.cat([prompts, answers], dim=1)
     with torch.no_grad():
-        logits = rlhf.response_logits(trainer.model, ids, torch.ones_like(ids), 6).logits
+        logits = policy_figures.response_logits(trainer.model, ids, torch.ones_like(ids), 6).logits
         logprobs = rlhf.token_logprobs(logits, answers)
     ratio = torch.tensor([0.5, 0.9, 1.0, 1.25, 1.5])[torch.stack([torch.randperm(5) for _ in range(4)])]
     ratio[0, 0] = 1.25  # which clip-higher lets rise
@@ -229,7 +229,7 @@ def test_the_loss_is_ppos_with_another_upper_clip_and_the_length_divides_as_the_
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     logprobs = rlhf.token_logprobs(
-        rlhf.response_logits(trainer.model, ids, attention, 6).logits, batch["completion_ids"]
+        policy_figures.response_logits(trainer.model, ids, attention, 6).logits, batch["completion_ids"]
     )
     ratio = torch.exp(logprobs - old)
     token = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)

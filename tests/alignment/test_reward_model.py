@@ -186,6 +186,36 @@ def test_a_model_that_grew_is_trained_saved_and_loaded_by_the_library(tiny, pref
     assert figures["eval_loss"] < figures["baseline_loss"]
 
 
+# ---------------------------------------------------------------- candidates
+
+
+def test_the_models_own_mistakes_join_the_given_answers_or_stand_alone_below_the_best(tiny, monkeypatch, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainingArguments
+
+    from recipes.common import own_answers
+    from recipes.common.errors import UserError
+    from recipes.common.run_folder import RunFolder
+    from recipes.common.sections import Data, Evaluation, Model, Run
+
+    given = {"task": "echo", "answer": "k", "completions": ["k", "f"], "ranks": [0, 2]}
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Is it {n}?"}], **given} for n in range(2)])
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True)
+    config = reward_model.Config(Model(name=str(tiny)), Data(), reward_model.Reward(), arguments, Evaluation(), Run())
+    run_folder, tokenizer = RunFolder(tmp_path / "run", recipe="reward_model"), AutoTokenizer.from_pretrained(tiny)
+
+    def made(answers, *, beside_given):
+        monkeypatch.setattr(own_answers, "sample_answers", lambda *_, **__: answers)
+        found = reward_model.sample_candidates(rows, tokenizer, config, run_folder, beside_given=beside_given)
+        return [(row["completions"], row["ranks"]) for row in found]
+
+    answers = [["c", "k", "c", "", "q"], ["k", "k"]]  # twice, right, empty; and all right
+    assert made(answers, beside_given=False) == [(["k", "c", "q"], [0, 1, 1])]
+    assert made(answers, beside_given=True) == [(["k", "f", "c", "q"], [0, 2, 1, 1]), (["k", "f"], [0, 2])]
+    with pytest.raises(UserError, match="answered every sampled prompt right"):
+        made([["k"], ["k"]], beside_given=True)
+
+
 # ---------------------------------------------------------------- the K-way batch
 
 

@@ -12,20 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_chat import make_tokenizer
+from tiny_chat import TINY_LLAMA, make_tokenizer
 from transformers import Trainer
 
 from recipes.common.run_folder import RunFolder
 from recipes.pretraining import llama
-
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +27,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "text.txt").write_text("".join(f"the cat sat on mat {n} and slept\n" for n in range(300)))
     values = {
         "model.tokenizer": folder / "tokenizer",
-        "model.config": json.dumps(MODEL),
+        "model.config": json.dumps(TINY_LLAMA),
         "data.name": folder / "text.txt",
         "llama.block_length": 64,
         "llama.compare_with_xz": "false",

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tiny_chat import make_tokenizer
 
-from recipes.common.errors import UserError
 from recipes.common.masked_language import (
     ANOTHER,
     FOLLOWS,
@@ -18,13 +15,9 @@ from recipes.common.masked_language import (
     add_marks,
     choose,
     hide,
-    marked,
-    refuse_special_tokens_alone,
     sample,
     segments,
 )
-from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Model
 
 PLAIN = np.arange(10, 110)
 MASK = 5
@@ -170,55 +163,3 @@ def test_the_tokenizer_gives_one_text_or_two_in_berts_form() -> None:
     assert tokenizer.decode(pair["input_ids"]).replace(" ", "") == "[CLS]ab[SEP]cd[SEP]"
     ends = pair["input_ids"].index(tokenizer.sep_token_id)
     assert pair["token_type_ids"] == [0] * (ends + 1) + [1] * (len(pair["input_ids"]) - ends - 1)
-
-
-# ------------------------------------------------------------------------------------ what a tokenizer may lack
-
-
-def test_missing_marks_are_added_and_said_to_a_fresh_model(capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer, run = make_tokenizer(), RunFolder(Path("nowhere"), recipe="bert", dry=True)
-    size = len(tokenizer)
-    assert (
-        marked(lambda given: (add_marks(given), "what it gives")[1], tokenizer, Model(config={}), run)
-        == "what it gives"
-    )
-    assert len(tokenizer) == size + 3 and "[CLS], [SEP], [MASK]" in capsys.readouterr().out
-    marked(add_marks, tokenizer, Model(config={}), run)
-    assert capsys.readouterr().out == ""  # nothing is missing now
-
-
-def test_a_pretrained_model_without_marks_is_refused_with_the_way_to_add_them() -> None:
-    """And the way that is said works."""
-    from transformers import BertConfig, BertForPreTraining
-
-    tokenizer, run = make_tokenizer(), RunFolder(Path("nowhere"), recipe="bert", dry=True)
-    size = len(tokenizer)
-    with pytest.raises(UserError, match=r"has no \[CLS\], \[SEP\], \[MASK\].*add_tokens.*resize_token_embeddings"):
-        marked(add_marks, tokenizer, Model(name="theirs"), run)
-
-    tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = BertForPreTraining(BertConfig(vocab_size=size, **sizes))
-    tokenizer.add_tokens(["[CLS]", "[SEP]", "[MASK]"], special_tokens=True)
-    model.resize_token_embeddings(len(tokenizer))
-    marked(add_marks, tokenizer, Model(name="ours"), run)
-    assert tokenizer.mask_token_id == size + 2 < model.get_input_embeddings().weight.shape[0]
-
-
-def test_a_hundred_missing_sentinels_are_not_all_listed() -> None:
-    from recipes.common.span_corruption import add_sentinels
-
-    run = RunFolder(Path("nowhere"), recipe="t5", dry=True)
-    with pytest.raises(UserError, match=r"<extra_id_0>, <extra_id_1>, \.\.\., <extra_id_99>") as refused:
-        marked(add_sentinels, make_tokenizer(), Model(name="theirs"), run)
-    assert "<extra_id_50>" not in str(refused.value)
-
-
-def test_texts_of_special_tokens_alone_are_refused() -> None:
-    tokenizer = make_tokenizer()
-    end, letter = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"][0]
-    blank: list[dict[str, Any]] = [{"input_ids": [end] * 4}] * 40
-    with pytest.raises(UserError, match=r"special tokens alone \(<\|end\|>\).*make tokenizer"):
-        refuse_special_tokens_alone(blank, tokenizer)
-    refuse_special_tokens_alone([*blank[:8], {"input_ids": [end, letter]}], tokenizer)
-    refuse_special_tokens_alone([], tokenizer)  # a stream that is empty is another error's matter

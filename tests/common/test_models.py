@@ -15,7 +15,8 @@ from tiny_chat import make_model, make_tokenizer, save_tokenizer_and_model
 
 from recipes.common import hub, models
 from recipes.common.errors import UserError
-from recipes.common.models import ensure_made, fresh_config, load_model, load_tokenizer
+from recipes.common.masked_language import add_marks
+from recipes.common.models import ensure_made, extend_vocabulary, fresh_config, load_model, load_tokenizer
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Model
 
@@ -279,3 +280,45 @@ def test_names_that_are_no_hub_ids() -> None:
 )
 def test_a_config_of_the_wrong_kinds_is_refused(run: RunFolder, change: dict[str, Any], said: str) -> None:
     assert said in problems(load_model, Model(config={**LLAMA, **change}), None, run)[0]
+
+
+# ------------------------------------------------------------------------------------ what a tokenizer may lack
+
+
+def test_missing_marks_are_added_and_said_to_a_fresh_model(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, run = make_tokenizer(), RunFolder(Path("nowhere"), recipe="bert", dry=True)
+    size = len(tokenizer)
+    assert (
+        extend_vocabulary(lambda given: (add_marks(given), "what it gives")[1], tokenizer, Model(config={}), run)
+        == "what it gives"
+    )
+    assert len(tokenizer) == size + 3 and "[CLS], [SEP], [MASK]" in capsys.readouterr().out
+    extend_vocabulary(add_marks, tokenizer, Model(config={}), run)
+    assert capsys.readouterr().out == ""  # nothing is missing now
+
+
+def test_a_pretrained_model_without_marks_is_refused_with_the_way_to_add_them() -> None:
+    """And the way that is said works."""
+    from transformers import BertConfig, BertForPreTraining
+
+    tokenizer, run = make_tokenizer(), RunFolder(Path("nowhere"), recipe="bert", dry=True)
+    size = len(tokenizer)
+    with pytest.raises(UserError, match=r"has no \[CLS\], \[SEP\], \[MASK\].*add_tokens.*resize_token_embeddings"):
+        extend_vocabulary(add_marks, tokenizer, Model(name="theirs"), run)
+
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForPreTraining(BertConfig(vocab_size=size, **sizes))
+    tokenizer.add_tokens(["[CLS]", "[SEP]", "[MASK]"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    extend_vocabulary(add_marks, tokenizer, Model(name="ours"), run)
+    assert tokenizer.mask_token_id == size + 2 < model.get_input_embeddings().weight.shape[0]
+
+
+def test_a_hundred_missing_sentinels_are_not_all_listed() -> None:
+    from recipes.common.span_corruption import add_sentinels
+
+    run = RunFolder(Path("nowhere"), recipe="t5", dry=True)
+    with pytest.raises(UserError, match=r"<extra_id_0>, <extra_id_1>, \.\.\., <extra_id_99>") as refused:
+        extend_vocabulary(add_sentinels, make_tokenizer(), Model(name="theirs"), run)
+    assert "<extra_id_50>" not in str(refused.value)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.common.errors import UserError
-from recipes.common.shared_prompts import at_columns, attention_mask, last_column, share, take, visible
+from recipes.common.shared_prompts import at_columns, attention_mask, batches, last_column, share, take, visible
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 ANSWERS = [[[20, 21], [22, 23, 24]], [[25, 26, 27, 28]]]
@@ -33,6 +33,12 @@ def test_some_of_the_prompts_lose_the_columns_that_only_others_need():
     real = found.mask.bool()
     assert at_columns(found.input_ids, found.at)[real].tolist() == [25, 26, 27, 28]
     assert at_columns(found.input_ids, found.before)[real].tolist() == [9, 25, 26, 27]
+
+
+def test_batches_hold_whole_prompts_and_so_many_answers_at_most():
+    prompts, answers = [[n, n + 1] for n in range(1, 6)], [[[7], [8, 9]]] * 5
+    sizes = [[len(some.mask) for some in batches(share(prompts, answers, fill=0), most)] for most in (1, 4, 5, 99)]
+    assert sizes == [[1, 1, 1, 1, 1], [2, 2, 1], [2, 2, 1], [5]]
 
 
 def test_a_token_sees_its_prompt_and_its_own_answer_up_to_itself():

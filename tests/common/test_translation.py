@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from recipes.common.downstream import Downstream, batches_of, fine_tune, written_score
-from recipes.common.text_to_text import Pair, batch_of, bleu, smoothed_loss
+from recipes.common.fused_loss import smoothed_loss
+from recipes.common.text_to_text import Pair, batch_of, bleu
 
 WRITTEN = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
 WANTED = ["The dog bit the man.", "It was not surprising.", "The man had bitten the dog."]

@@ -28,18 +28,6 @@ from recipes.finetuning import adapter, adapter_fusion
 INPUTS = {"input_ids": torch.arange(10, 210).view(4, 50)}
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Rows that are always answered "yes", and such that are always answered "no"."""
-    folder = tmp_path_factory.mktemp("sources")
-    made = {}
-    for answer in ("yes", "no"):
-        made[answer] = folder / f"{answer}.jsonl"
-        rows = [{"prompt": f"Was it {n}?", "completion": answer} for n in range(200)]
-        made[answer].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return made
-
-
 def few(sources: dict[str, Path], **changes: Any) -> checks.Changes:
     return {
         "adapter.kind": "pfeiffer",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_chat import command_line, make_tokenizer
 
 from recipes.common.blank_infilling import add_marks, answer_batch, batch_of, infill, write
@@ -55,10 +55,10 @@ ELSEWHERE = """
 import sys
 sys.path.insert(0, ".")
 import modeling_blank_infilling
-import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(".").eval()
-torch.save(model(**torch.load(sys.argv[1])).logits.detach(), sys.argv[2])
+save_file({"logits": model(**load_file(sys.argv[1])).logits.detach()}, sys.argv[2])
 assert not any(name.startswith("recipes") for name in sys.modules)
 """
 
@@ -105,11 +105,11 @@ def test_it_learns_and_leaves_a_whole_run_folder(
 
     # and where this repository is not, with the file beside the weights: nothing needs trust_remote_code
     assert "auto_map" not in json.loads((done.folder / "model/config.json").read_text())
-    torch.save(batch, tmp_path / "batch.pt")
-    paths = [str(tmp_path / name) for name in ("batch.pt", "logits.pt")]
+    paths = [str(tmp_path / name) for name in ("batch.safetensors", "logits.safetensors")]
+    save_file({name: value.contiguous() for name, value in batch.items()}, paths[0])
     elsewhere = execute([sys.executable, "-I", "-c", ELSEWHERE, *paths], cwd=done.folder / "model", timeout=600)
     assert elsewhere.returncode == 0, elsewhere.stderr
-    assert torch.allclose(torch.load(paths[1]), logits, atol=1e-5)
+    assert torch.allclose(load_file(paths[1])["logits"], logits, atol=1e-5)
 
 
 @pytest.mark.slow

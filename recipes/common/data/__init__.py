@@ -39,8 +39,8 @@ STREAMED = ("text", "conversation")  # the kinds of which a recipe can learn one
 def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load what the `data` section names, as canonical rows of `kind`.
 
-    Returns a DatasetDict (with data.streaming, for text and conversations alone, an IterableDatasetDict) with "train" and "validation", and "test" where
-    the source has one that is not held out already. The columns are
+    Returns a DatasetDict with "train" and "validation", and "test" where the source has one that is not held out already;
+    with data.streaming, for text and conversations alone, an IterableDatasetDict. The columns are
         text: text (str)                    conversation: messages [, tools]
         preference: prompt, completions, ranks [, tools]
         prompt: prompt [, tools], and all the other columns of the source

@@ -1,0 +1,700 @@
+"""A step of PPO, its pieces put together by hand: rollouts, rewards, and the update against slow loops."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from recipes.alignment import ppo
+from recipes.common import policy_figures, ppo_measure, ppo_rollout, rlhf
+from recipes.common.errors import UserError
+from recipes.common.sections import Data, Evaluation, Model, Run
+from tests.alignment.reward_functions import letters
+
+
+class Setup:
+    """The recipe's pieces, put together by hand in fp32 on one process."""
+
+    def __init__(
+        self,
+        tiny: Path,
+        judge: Path | None,
+        bf16: bool = False,
+        micro: int = 4,
+        accumulate: int = 1,
+        function: Any = None,
+        lora: Any = None,
+        **knobs: object,
+    ):
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+            TrainingArguments,
+        )
+
+        from recipes.common.training import make_accelerator
+
+        self.tokenizer = AutoTokenizer.from_pretrained(tiny)
+        arguments = TrainingArguments(
+            output_dir="unused",
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulate,
+            use_cpu=True,
+            bf16=bf16,
+        )
+        knobs = {"rollouts": 8, "max_new_tokens": 5, **knobs}
+        self.config = ppo.Config(Model(), Data(), ppo.PPO(**knobs), arguments, Evaluation(), Run(), lora)  # type: ignore[arg-type]
+        self.accelerator = ppo.count_accumulation(make_accelerator(arguments))
+        self.policy = AutoModelForCausalLM.from_pretrained(tiny)
+        self.reference = self.reward_model = critic = None
+        if lora is None:
+            self.reference = AutoModelForCausalLM.from_pretrained(tiny).eval().requires_grad_(False)
+        else:
+            self.policy = ppo.adapted(self.policy, self.config)
+        if judge is not None:
+            self.reward_model = AutoModelForSequenceClassification.from_pretrained(judge).eval().requires_grad_(False)
+            if self.config.ppo.critic == "separate":
+                critic = AutoModelForSequenceClassification.from_pretrained(judge)
+        self.model = rlhf.ActorCritic(self.policy, critic, getattr(self.reward_model, "config", None))
+        rlhf.disable_dropout(self.model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        # 8 prompts of different lengths
+        self.rows = [{"prompt": [{"role": "user", "content": "Is it 3" + "?" * n}], "n": n} for n in range(1, 9)]
+        self.prompts = [rlhf.prompt_ids(self.tokenizer, row["prompt"]) for row in self.rows]  # type: ignore[arg-type]
+        self.models = ppo_rollout.Models(self.model, self.reference, self.reward_model, self.tokenizer, function)
+
+    def collect(self, seed: int = 0, oversample: int = 1) -> ppo_rollout.Rollout:
+        longest = self.config.ppo.max_new_tokens
+        return ppo.collect(
+            self.models, self.rows, self.prompts, self.config, self.accelerator,
+            longest=longest, seed=seed, answers=self.config.ppo.answers, oversample=oversample,
+        )  # fmt: skip
+
+    def update(self, rollout: ppo_rollout.Rollout, beta: float = 0.05, **more: Any) -> dict[str, float]:
+        return ppo.update(self.models, self.optimizer, rollout, beta, self.config, self.accelerator, seed=0, **more)
+
+
+def answer_in_lengths(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """Eight answers of 1 to 5 tokens, in place of sampled ones: a random model hardly ever ends one."""
+    from recipes.common import generation
+
+    ids = [[*range(20 + n, 20 + n + n % 5), tokenizer.eos_token_id] for n in range(8)]
+    monkeypatch.setattr(generation, "generate_ids", lambda *_, **__: [list(one) for one in ids])
+
+
+class Whole(NamedTuple):
+    """A rollout as B rows of a prompt, padded on the left to P tokens, and its answer, padded on the right to R."""
+
+    input_ids: torch.Tensor  # [B, P+R]
+    attention_mask: torch.Tensor  # [B, P+R]
+    prompt_length: int  # P
+
+
+def whole(rollout: ppo_rollout.Rollout) -> Whole:
+    left, left_mask = rlhf.pad([rollout.all.prompts[i] for i in rollout.kept], 0, "left")
+    right, mask = rlhf.pad([rollout.all.ids[i] for i in rollout.kept], 0, "right")
+    return Whole(torch.cat([left, right], dim=1), torch.cat([left_mask, mask], dim=1), left.shape[1])
+
+
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def digest(parameters: Any) -> int:
+    return hash(tuple(p.detach().numpy().tobytes() for p in parameters))
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def test_rollout_has_the_shapes_and_masks_it_says(tiny, judge):
+    setup = Setup(tiny, judge)
+    rollout = setup.collect()
+    longest = max(map(len, setup.prompts))
+    B, P, R = 8, whole(rollout).prompt_length, rollout.mask.shape[1]
+    assert (
+        longest == P and R <= 5 and whole(rollout).input_ids.shape == whole(rollout).attention_mask.shape == (B, P + R)
+    )
+    for row, prompt in enumerate(setup.prompts):
+        assert whole(rollout).input_ids[row, P - len(prompt) : P].tolist() == prompt  # padded on the left
+        assert whole(rollout).attention_mask[row, :P].tolist() == [0] * (P - len(prompt)) + [1] * len(prompt)
+        response, mask = whole(rollout).input_ids[row, P:].tolist(), rollout.mask[row].tolist()
+        if setup.tokenizer.eos_token_id in response:
+            assert (
+                sum(mask) == response.index(setup.tokenizer.eos_token_id) + 1
+            )  # the stop token is real, what follows not
+        else:
+            assert all(mask)
+
+
+def test_kl_is_exactly_zero_while_policy_and_reference_are_the_same(tiny, judge):
+    rollout = Setup(tiny, judge).collect()
+    assert torch.equal(rollout.logprobs, rollout.reference)
+    for kind in ("k1", "k2", "k3"):
+        assert (rlhf.kl_estimate(rollout.logprobs, rollout.reference, kind) == 0).all()
+
+
+def test_rollout_logprobs_equal_those_of_each_sequence_alone(tiny, judge):
+    """Padding, batching and cutting the logits to the response change nothing."""
+    setup = Setup(tiny, judge)
+    rollout = setup.collect()
+    for row, prompt in enumerate(setup.prompts):
+        n = int(rollout.mask[row].sum())
+        response = whole(rollout).input_ids[row, whole(rollout).prompt_length :][:n]
+        logits = setup.policy(torch.tensor([[*prompt, *response.tolist()]])).logits[0]
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, response[:, None])[:, 0]
+        torch.testing.assert_close(rollout.logprobs[row, :n], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_answers_are_drawn_from_the_distribution_whose_logprobs_are_taken(tiny, judge):
+    """A policy that ships with top_k, a temperature or a repetition penalty must not be sampled with them."""
+    setup = Setup(tiny, judge, max_new_tokens=1)
+    own = setup.policy.generation_config
+    own.temperature, own.top_k, own.top_p, own.repetition_penalty, own.do_sample = 0.1, 3, 0.5, 3.0, True
+    setup.prompts, setup.rows = setup.prompts[:1] * 4000, setup.rows[:1] * 4000
+    setup.config.training.per_device_train_batch_size = 4000
+    rollout = setup.collect()
+    counts = torch.bincount(whole(rollout).input_ids[:, -1], minlength=setup.policy.config.vocab_size)
+    expected = setup.policy(torch.tensor(setup.prompts[:1])).logits[0, -1].softmax(-1) * 4000
+    z = (counts - expected) / expected.sqrt()
+    assert z.abs().max() < 6 and z.square().mean() < 1.6
+    assert setup.policy.generation_config is own and own.top_k == 3  # saved with the model as it came
+
+
+def test_critic_started_from_the_reward_model_ends_at_the_reward(tiny, judge):
+    """V of the last token's state would be the reward itself: the critic reads in the units that it is to predict."""
+    setup = Setup(tiny, judge, missing_stop_penalty=0.0, reward_clip=1e9)
+    rollout = setup.collect()
+    mask = whole(rollout).attention_mask
+    states = rlhf.backbone_states(setup.model.critic, whole(rollout).input_ids, mask, rlhf.positions(mask))
+    last = rlhf.last_real_token(whole(rollout).attention_mask)
+    values = (rlhf.score_head(setup.model.critic, states) - setup.model.mean) / setup.model.std
+    torch.testing.assert_close(values[torch.arange(8), last], rollout.rewards, atol=1e-5, rtol=1e-5)
+
+
+def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any = None, **knobs: object) -> list[float]:
+    """`ppo.reward` of four answers, the last without an end, that a reward model with this scale scores 2, 6, 100 and 6."""
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    scores = torch.tensor([2.0, 6.0, 100.0, 6.0])
+    monkeypatch.setattr(rlhf, "shared_states", lambda model, rows: None)
+    monkeypatch.setattr(rlhf, "answer_scores", lambda model, states, rows: scores[rows.input_ids[:, -1:] - 10])
+    answers = ppo_rollout.Answers(
+        rows=[{"n": n} for n in range(4)],
+        prompts=[[5]] * 4,
+        ids=[[10 + n] for n in range(4)],
+        texts=["a", "b", "c", "d"],
+        stopped=torch.tensor([True, True, True, False]),
+        lengths=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        rewards=torch.zeros(4),
+    )
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    model: Any = SimpleNamespace(config=SimpleNamespace(**scale)) if scale is not None else None
+    models = ppo_rollout.Models(None, None, model, tokenizer, function)  # type: ignore[arg-type]
+    args = TrainingArguments(output_dir="unused", per_device_train_batch_size=3, use_cpu=True)
+    given = ppo.PPO(**{"reward_clip": 5.0, "missing_stop_penalty": 1.0, **knobs})  # type: ignore[arg-type]
+    config = ppo.Config(Model(), Data(), given, args, Evaluation(), Run())
+    return ppo.reward(models, answers, 1, config, Accelerator(cpu=True)).tolist()
+
+
+SCALE = {"reward_mean": 2.0, "reward_std": 4.0}
+
+
+def test_reward_is_normalised_clipped_and_lowered_for_an_answer_without_end(monkeypatch):
+    assert rewards_by_hand(monkeypatch, SCALE) == [0.0, 1.0, 5.0, 0.0]
+    assert rewards_by_hand(monkeypatch, {}) == [2.0, 5.0, 5.0, 4.0]  # another's reward model
+
+
+def test_each_token_costs_the_length_penalty(monkeypatch):
+    assert rewards_by_hand(monkeypatch, SCALE, length_penalty=0.25) == [-0.25, 0.5, 4.25, -1.0]
+
+
+def test_a_reward_function_stands_alone_or_beside_the_reward_model(monkeypatch):
+    def told(answers, rows):
+        return [row["n"] * 10 + "abcd".index(text) for text, row in zip(answers, rows, strict=True)]
+
+    assert rewards_by_hand(monkeypatch, None, told) == [0.0, 11.0, 22.0, 32.0]  # not clipped; the last does not end
+    assert rewards_by_hand(monkeypatch, SCALE, told) == [0.0, 12.0, 27.0, 33.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [(lambda answers, rows: [1.0], "1 numbers for 4"), (lambda answers, rows: [float("inf")] * 4, "inf")],
+)
+def test_what_a_reward_function_must_not_give_is_refused(monkeypatch, function, said):
+    with pytest.raises(UserError, match=rf"ppo.reward_function.*{said}"):
+        rewards_by_hand(monkeypatch, None, function)
+
+
+def test_a_reward_that_is_not_a_number_is_refused(tiny, judge):
+    setup = Setup(tiny, judge)
+    setup.reward_model.score.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"ppo.reward_model.*nan"):
+        setup.collect()
+
+
+# ---------------------------------------------------------------- which answers are learned from
+
+
+def test_most_spread_picks_the_prompts_whose_answers_differ_most_in_the_order_asked():
+    rewards = torch.tensor([0.0, 1.0, 7.0, 7.0, 5.0, 3.0, 1.0, 0.0])  # spread 0.5, 0, 1, 0.5
+    assert ppo_rollout.spread_of(rewards, 2).tolist() == [0.5, 0.0, 1.0, 0.5]
+    assert ppo_rollout.most_spread(rewards, 2, 1) == [4, 5]
+    assert ppo_rollout.most_spread(rewards, 2, 2) == [0, 1, 4, 5]  # of equal spread the one that was asked first
+    assert ppo_rollout.most_spread(rewards, 2, 4) == list(range(8))
+    assert ppo_rollout.most_spread(rewards, 4, 1) == [0, 1, 2, 3]  # spread 3.3 against 1.9
+
+
+def test_an_oversampled_step_learns_from_the_prompts_of_the_largest_spread(tiny):
+    """8 prompts of 2 answers, whose rewards are apart by what the function says of the prompt."""
+    apart = [3, 8, 1, 6, 2, 7, 5, 4]
+
+    def function(answers, rows):
+        return [apart[row["n"] - 1] * (i % 2) for i, row in enumerate(rows)]
+
+    knobs = {"answers": 2, "critic": "others", "missing_stop_penalty": 0.0, "stop_kl": None}
+    setup = Setup(tiny, None, function=function, **knobs)
+    setup.rows = [row for row in setup.rows for _ in range(2)]
+    setup.prompts = [prompt for prompt in setup.prompts for _ in range(2)]
+    rollout = setup.collect(oversample=2)
+    assert rollout.kept == [2, 3, 6, 7, 10, 11, 12, 13]
+    assert rollout.rewards.tolist() == [0, 8, 0, 6, 0, 7, 0, 5]
+    assert rollout.all.rewards.tolist() == [x for n in apart for x in (0, n)]
+    for row, i in enumerate(rollout.kept):
+        real = whole(rollout).input_ids[row][whole(rollout).attention_mask[row].bool()].tolist()
+        assert real == setup.prompts[i] + rollout.all.ids[i]
+    before, figures = weights_of(setup.policy), setup.update(rollout)
+    assert figures["minibatches"] == 8 and figures["ratio_error"] == 0  # 4 passes over 8 answers by 4
+    assert not torch.equal(before, weights_of(setup.policy))
+
+
+def test_without_oversampling_all_answers_are_kept_and_drawn_as_in_one_batch(tiny, judge):
+    from recipes.common.generation import generate_ids
+
+    setup = Setup(tiny, judge)
+    rollout = setup.collect(seed=3)
+    stop, fill = setup.tokenizer.eos_token_id, setup.tokenizer.pad_token_id
+    drawn = generate_ids(
+        setup.policy, setup.prompts, stop=[stop], pad=fill, max_new_tokens=5, batch_size=8, temperature=1.0, seed=3
+    )
+    assert rollout.kept == list(range(8)) and rollout.all.ids == drawn
+    assert torch.equal(rollout.rewards, rollout.all.rewards)
+
+
+def test_what_answers_in_the_policys_place_has_its_weights_first_and_is_read_by_the_policy(tiny, judge):
+    """vLLM through trl, of which this machine has none: what we ask of it, and what becomes of its answers."""
+
+    class Engine:
+        called: list[str] = []
+
+        def sync_weights(self):
+            self.called.append("sync")
+
+        def generate(self, prompts, images, num_generations):
+            assert self.called[-1] == "sync" and images is None and num_generations == 1
+            assert self.max_completion_length == 5 and self.generation_kwargs == {"stop_token_ids": [stop]}
+            self.called.append("generate")
+            return prompts, [[20 + n] * 4 + [stop] * (n % 2) for n in range(len(prompts))], None, None
+
+    setup = Setup(tiny, judge)
+    stop = setup.tokenizer.eos_token_id
+    setup.models.engine = Engine()
+    rollout = setup.collect()
+    assert Engine.called == ["sync", "generate"]
+    assert rollout.all.stopped.tolist() == [False, True] * 4 and rollout.all.lengths.tolist() == [4.0, 5.0] * 4
+    assert torch.equal(rollout.logprobs, rollout.reference)
+    logits = setup.policy(torch.tensor([setup.prompts[2] + [22] * 4])).logits[0, -5:-1].log_softmax(-1)
+    torch.testing.assert_close(rollout.logprobs[2, :4], logits[:, 22], atol=1e-5, rtol=1e-5)
+
+
+def test_vllm_is_asked_in_trls_own_terms_and_draws_from_the_whole_distribution(tiny, judge, monkeypatch):
+    import inspect
+
+    from trl.generation import vllm_generation
+
+    real, setup = vllm_generation.VLLMGeneration, Setup(tiny, judge)
+    signature = inspect.signature(real)
+    monkeypatch.setattr(vllm_generation, "VLLMGeneration", lambda *given, **named: signature.bind(*given, **named))
+    bound = ppo_rollout.start_vllm(setup.policy, setup.tokenizer, setup.accelerator)
+    bound.apply_defaults()
+    told = bound.arguments
+    assert told["model"] is setup.policy and told["processing_class"] is setup.tokenizer
+    assert told["mode"] == "colocate" and told["max_model_length"] == 128
+    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert {name: told[name] for name in wanted} == wanted
+    inspect.signature(real.generate).bind(None, prompts=[[1]], images=None, num_generations=1)
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_ratio_of_the_first_minibatch_is_exactly_one(tiny, judge, critic, bf16):
+    setup = Setup(tiny, judge, bf16=bf16, critic=critic, stop_kl=None)
+    rollout = setup.collect()
+    figures = setup.update(rollout)
+    assert figures["ratio_error"] == 0.0
+    assert figures["minibatches"] == 8 and figures["update_kl"] > 0  # 4 passes of 2, and the policy moved
+    again = setup.collect()
+    assert not torch.equal(again.logprobs, again.reference)
+
+
+def test_reference_and_reward_model_never_change_and_policy_and_critic_do(tiny, judge):
+    setup = Setup(tiny, judge)
+    watched = {
+        "reference": setup.reference,
+        "reward": setup.reward_model,
+        "policy": setup.policy,
+        "critic": setup.model.critic,
+    }
+    before = {name: digest(model.parameters()) for name, model in watched.items()}
+    for seed in range(2):
+        setup.update(setup.collect(seed))
+    changed = {name for name, model in watched.items() if digest(model.parameters()) != before[name]}
+    assert changed == {"policy", "critic"}
+    assert all(p.grad is None for p in (*setup.reference.parameters(), *setup.reward_model.parameters()))
+
+
+def test_prompt_and_padding_never_get_loss(tiny, judge):
+    """Noise on every logit but those that chose the response's real tokens leaves loss and gradient as they were."""
+    setup = Setup(tiny, judge, epochs=1)
+    rollout = setup.collect()
+    length, mask = whole(rollout).prompt_length, rollout.mask
+
+    def gradient(noise: float) -> torch.Tensor:
+        logits = setup.policy(
+            whole(rollout).input_ids,
+            attention_mask=whole(rollout).attention_mask,
+            position_ids=rlhf.positions(whole(rollout).attention_mask),
+        ).logits.detach()
+        chooses = torch.zeros(whole(rollout).input_ids.shape, dtype=torch.bool)
+        chooses[:, length - 1 : -1] = mask.bool()  # position t chooses token t + 1
+        torch.manual_seed(1)
+        logits = (logits + noise * torch.randn_like(logits) * ~chooses[..., None]).requires_grad_()
+        logprobs = rlhf.token_logprobs(logits[:, length - 1 : -1], whole(rollout).input_ids[:, length:])
+        rewards = rlhf.token_rewards(rollout.rewards, logprobs.detach(), rollout.reference, mask, 0.05)
+        advantages, _ = rlhf.generalized_advantages(rewards, rollout.values, mask, 1.0, 0.95)
+        loss, _ = rlhf.policy_loss(logprobs, rollout.logprobs, rlhf.whiten(advantages, mask), 0.2)
+        (grad,) = torch.autograd.grad(rlhf.masked_mean(loss, mask), logits)
+        assert (grad[~chooses] == 0).all() and (grad[chooses].abs().sum(-1) > 0).all()
+        return grad
+
+    torch.testing.assert_close(gradient(0.0), gradient(10.0), atol=1e-7, rtol=0)
+
+
+def test_response_logits_are_those_that_choose_the_response(tiny, judge):
+    setup = Setup(tiny, judge)
+    rollout = setup.collect()
+    full = setup.policy(
+        whole(rollout).input_ids,
+        attention_mask=whole(rollout).attention_mask,
+        position_ids=rlhf.positions(whole(rollout).attention_mask),
+    ).logits
+    cut = policy_figures.response_logits(
+        setup.policy, whole(rollout).input_ids, whole(rollout).attention_mask, whole(rollout).prompt_length
+    ).logits
+    torch.testing.assert_close(cut, full[:, whole(rollout).prompt_length - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+def test_in_an_update_only_the_logits_that_choose_an_answers_tokens_get_a_gradient(tiny, judge, monkeypatch):
+    """The update itself: as many as there are tokens in the answers; those of prompts and padding get exactly 0."""
+    setup = Setup(tiny, judge, micro=8, epochs=1)
+    answer_in_lengths(monkeypatch, setup.tokenizer)
+    rollout = setup.collect()
+    seen: list[torch.Tensor] = []
+
+    def watch(module, arguments, logits):
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: seen.append(gradient.abs().sum(dim=-1)))
+
+    handle = setup.policy.lm_head.register_forward_hook(watch)
+    setup.update(rollout)
+    handle.remove()
+    (gradient,) = seen  # [B, columns]
+    assert (gradient > 0).sum(dim=1).tolist() == [1, 2, 3, 4, 5, 1, 2, 3] == rollout.mask.sum(dim=1).tolist()
+    assert gradient.numel() > 21
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_passes_over_minibatches_equal_a_slow_loop_over_tokens(tiny, judge, critic, monkeypatch):
+    """Two passes of two minibatches, one answer at a time without padding, one token at a time, equations as they stand."""
+    import copy
+
+    clip, value_clip, beta, gamma, lam, rate = 0.05, 0.002, 0.3, 0.97, 0.9, 0.5
+    weight = {"separate": 0.7, "shared": 0.02}[critic]  # a step of the head's own is not to shoot over the return
+    knobs = {"clip": clip, "value_clip": value_clip, "gamma": gamma, "lam": lam, "epochs": 2, "stop_kl": None}
+    setup = Setup(tiny, judge, critic=critic, value_coefficient=weight, **knobs)
+    setup.config.training.max_grad_norm = 0.0
+    if critic == "shared":
+        torch.nn.init.normal_(setup.model.head.weight, std=0.1)
+    answer_in_lengths(monkeypatch, setup.tokenizer)
+    rollout = setup.collect()
+    torch.manual_seed(0)
+    rollout.reference = rollout.reference + 0.3 * torch.randn_like(rollout.reference)  # so that there is a penalty
+    slow = copy.deepcopy(setup.model)
+    answers = rollout.all.ids
+    lengths = [len(answer) for answer in answers]
+
+    def told(i: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        prompt = setup.prompts[i]
+        ids = torch.tensor([prompt + answers[i]])
+        out = slow.policy(ids, output_hidden_states=True)
+        at = range(len(prompt) - 1, len(prompt) - 1 + lengths[i])  # where each token is chosen
+        logprobs = [out.logits[0, t].log_softmax(-1)[a] for t, a in zip(at, answers[i], strict=True)]
+        if critic == "shared":
+            return logprobs, [slow.head(out.hidden_states[-1][0, t])[0] for t in at]
+        states = slow.critic.model(ids).last_hidden_state[0]
+        return logprobs, [(slow.critic.score(states[t])[0] - slow.mean) / slow.std for t in at]
+
+    with torch.no_grad():
+        old = [[[x.item() for x in part] for part in told(i)] for i in range(8)]
+    advantages, returns = [], []
+    for i, (logprobs, values) in enumerate(old):
+        n = lengths[i]
+        rewards = [-beta * (logprobs[t] - rollout.reference[i, t].item()) for t in range(n)]
+        rewards[-1] += rollout.rewards[i].item()
+        deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
+        found = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        advantages.append(found)
+        returns.append([a + v for a, v in zip(found, values, strict=True)])
+    flat = [a for row in advantages for a in row]
+    mean = sum(flat) / len(flat)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
+    advantages = [[(a - mean) / deviation for a in row] for row in advantages]
+
+    clipped = {"policy": 0, "value": 0}
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    for minibatch in (range(4), range(4, 8), order[:4], order[4:]):
+        losses = []
+        for i in minibatch:
+            for t, (logprob, value) in enumerate(zip(*told(i), strict=True)):
+                ratio, a = torch.exp(logprob - old[i][0][t]), advantages[i][t]
+                policy_loss = -ratio * a
+                if (a > 0 and ratio > 1 + clip) or (a < 0 and ratio < 1 - clip):
+                    policy_loss = torch.tensor(-(1 + clip if a > 0 else 1 - clip) * a)
+                    clipped["policy"] += 1
+                before, target = old[i][1][t], returns[i][t]
+                value_loss = (value - target) ** 2 / 2
+                if abs(value.item() - before) > value_clip:
+                    kept = before + math.copysign(value_clip, value.item() - before)
+                    if (kept - target) ** 2 / 2 > value_loss.item():
+                        value_loss = torch.tensor((kept - target) ** 2 / 2)
+                        clipped["value"] += 1
+                losses.append(policy_loss + weight * value_loss)
+        slow.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        with torch.no_grad():
+            for p in slow.parameters():
+                if p.grad is not None:
+                    p -= rate * p.grad
+
+    before = weights_of(setup.model)
+    figures = setup.update(rollout, beta)
+    assert figures["minibatches"] == 4 and min(clipped.values()) > 0
+    moved = (weights_of(setup.model) - before).abs().max()
+    assert moved > 1e-2
+    torch.testing.assert_close(weights_of(setup.model), weights_of(slow), atol=1e-3 * moved.item(), rtol=0)
+
+
+def test_padding_with_the_stop_token_changes_nothing(tiny, judge, monkeypatch):
+    """A policy without a pad token: `load_tokenizer` lets its stop token fill the batch, and the masks say what is real."""
+    told = []
+    for own in (True, False):
+        setup = Setup(tiny, judge)
+        if not own:
+            setup.tokenizer.pad_token = setup.tokenizer.eos_token
+        answer_in_lengths(monkeypatch, setup.tokenizer)
+        rollout = setup.collect()
+        setup.update(rollout)
+        told.append((rollout, weights_of(setup.model)))
+    (ours, weights), (theirs, other_weights) = told
+    assert ours.mask.sum(dim=1).tolist() == theirs.mask.sum(dim=1).tolist() == [1, 2, 3, 4, 5, 1, 2, 3]
+    for name in ("rewards", "logprobs", "values"):
+        mask = 1 if name == "rewards" else ours.mask
+        torch.testing.assert_close(getattr(ours, name) * mask, getattr(theirs, name) * mask, atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights, other_weights, atol=1e-6, rtol=0)
+
+
+def test_accumulated_micro_batches_give_the_same_step_as_one_batch(tiny, judge):
+    """8 at once against 2 x 4, with responses of different lengths: the mean is over the minibatch's tokens."""
+    after = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        setup = Setup(tiny, judge, micro=size, accumulate=accumulation, epochs=1)
+        rollout = setup.collect()
+        rollout.mask[::2, 2:] = 0
+        figures = setup.update(rollout)
+        assert figures["minibatches"] == 1
+        after.append((figures["loss"], weights_of(setup.model)))
+    assert after[0][0] == pytest.approx(after[1][0], abs=1e-6)
+    torch.testing.assert_close(after[0][1], after[1][1], atol=1e-6, rtol=0)
+
+
+def test_passes_end_once_the_policy_is_too_far_from_the_one_that_answered(tiny, judge):
+    setup = Setup(tiny, judge, stop_kl=1e-6, epochs=4)
+    figures = setup.update(setup.collect())
+    assert figures["minibatches"] == 2 and figures["update_kl"] > 1e-6  # the first minibatch is at 0, the second is not
+    assert Setup(tiny, judge, stop_kl=None, epochs=4).update(Setup(tiny, judge).collect())["minibatches"] == 8
+
+
+def test_a_steps_parts_are_timed_and_drawn(tiny, judge, tmp_path):
+    from matplotlib.figure import Figure
+
+    rollout = Setup(tiny, judge, function=letters).collect()
+    assert set(rollout.all.seconds) == {"rollout", "score", "read"} and min(rollout.all.seconds.values()) > 0
+    history = [{"rollout_seconds": x, "score_seconds": 1.0, "train_seconds": 2.0} for x in (90.0, 2.0, 4.0)]
+    spent = ppo_measure.seconds_of(history)  # the first step warms up
+    assert spent == {"rollout": 3.0, "score": 1.0, "train": 2.0}
+    assert ppo_measure.seconds_of([{"reward": 1.0}]) == {}
+    axes = Figure().add_subplot()
+    ppo_measure.time_bars(axes, spent)
+    assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0, 2.0]
+    assert [text.get_text() for text in axes.texts] == ["3.00 s, 50%", "1.00 s, 17%", "2.00 s, 33%"]
+
+
+@pytest.mark.parametrize("whitening", ["global", "prompt", "none"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_step_is_the_policy_gradient_of_the_advantages_that_the_settings_say(tiny, judge, kind, whitening):
+    """At ratio 1 the surrogate's gradient is - mean A grad log pi; A: from score and penalty, against the other answer."""
+    knobs = {"critic": "others", "answers": 2, "epochs": 1, "kl_estimator": kind, "whitening": whitening}
+    setup = Setup(tiny, judge, micro=8, **knobs)
+    setup.config.training.max_grad_norm = 0.0
+    setup.prompts = [prompt for prompt in setup.prompts[:4] for _ in range(2)]
+    rollout, beta = setup.collect(), 0.3
+    torch.manual_seed(0)
+    rollout.reference = rollout.reference + torch.randn_like(rollout.reference)
+    mask, total = rollout.mask, []
+    for row in range(8):  # a token at a time
+        reward = rollout.rewards[row].item()
+        for t in range(int(mask[row].sum())):
+            d = (rollout.logprobs - rollout.reference)[row, t].item()
+            reward -= beta * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[kind]
+        total.append(reward)
+    advantages = torch.tensor([[total[i] - total[i ^ 1]] * mask.shape[1] for i in range(8)])
+    for rows in {"global": [slice(0, 8)], "prompt": [slice(i, i + 2) for i in (0, 2, 4, 6)], "none": []}[whitening]:
+        real = advantages[rows][mask[rows].bool()]
+        advantages[rows] = (advantages[rows] - real.mean()) / (real.var(correction=0) + 1e-8).sqrt()
+    told = setup.model(rollout.rows)
+    loss = -(told.logprobs * advantages * mask).sum() / mask.sum()
+    expected = [p.detach() - 0.5 * g for p, g in zip(
+        setup.policy.parameters(), torch.autograd.grad(loss, list(setup.policy.parameters())), strict=True
+    )]  # fmt: skip
+    before = weights_of(setup.policy)
+    setup.update(rollout, beta)
+    for ours, theirs in zip(setup.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert (weights_of(setup.policy) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("micro", "accumulate"), [(8, 1), (4, 2)])
+def test_plain_text_adds_its_own_gradient_times_the_coefficient(tiny, judge, micro, accumulate):
+    """PPO-ptx: against transformers' own language-model loss, over all blocks of the minibatch."""
+    from transformers import AutoModelForCausalLM
+
+    text = torch.randint(5, 200, (8, 12), generator=torch.Generator().manual_seed(0))
+    after = {}
+    for coefficient in (None, 0.0, 2.0):
+        knobs = {"micro": micro, "accumulate": accumulate, "epochs": 1}
+        setup = Setup(tiny, judge, pretraining_coefficient=coefficient or 0.0, **knobs)
+        setup.config.training.max_grad_norm = 0.0
+        figures = setup.update(setup.collect(), text=None if coefficient is None else text)
+        after[coefficient] = weights_of(setup.policy)
+        assert ("text_loss" in figures) == (coefficient is not None)
+    assert torch.equal(after[None], after[0.0])
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    loss = plain(input_ids=text, labels=text).loss
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(plain.parameters()))])
+    torch.testing.assert_close(after[2.0] - after[0.0], -0.5 * 2.0 * gradient, atol=2e-6, rtol=1e-3)
+    assert figures["text_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    models = ppo_rollout.Models(rlhf.ActorCritic(plain, None), None, None, setup.tokenizer)
+    setup.config.training.per_device_train_batch_size = 3  # 3 + 3 + 2 blocks: each weighs the same
+    told = ppo_measure.text_loss(models, text, setup.config.training, setup.accelerator)
+    assert told == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_while_the_critic_warms_up_nothing_moves_the_policy(tiny, judge):
+    setup = Setup(tiny, judge, pretraining_coefficient=1.0, entropy_coefficient=1.0)
+    before = {name: weights_of(model) for name, model in (("policy", setup.policy), ("critic", setup.model.critic))}
+    text = torch.randint(5, 200, (32, 12))
+    assert "text_loss" not in setup.update(setup.collect(), text=text, critic_only=True)
+    assert torch.equal(weights_of(setup.policy), before["policy"])
+    assert not torch.equal(weights_of(setup.model.critic), before["critic"])
+
+
+# ---------------------------------------------------------------- a LoRA policy
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter(tiny, judge):
+    setup = Setup(tiny, judge, lora=lora())
+    rollout = setup.collect()
+    assert torch.equal(rollout.logprobs, rollout.reference)  # a fresh adapter changes nothing
+    torch.manual_seed(0)
+    for name, p in setup.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    moved, full = setup.collect(), Setup(tiny, judge).reference
+    mask = moved.mask.bool()
+    logits = policy_figures.response_logits(
+        full, whole(moved).input_ids, whole(moved).attention_mask, whole(moved).prompt_length
+    ).logits
+    alone = rlhf.token_logprobs(logits, whole(moved).input_ids[:, whole(moved).prompt_length :])
+    torch.testing.assert_close(moved.reference[mask], alone[mask], atol=1e-6, rtol=1e-6)
+    assert (moved.logprobs - moved.reference)[mask].abs().max() > 0.1
+
+
+def test_biases_that_would_learn_in_the_reference_too_are_refused(tiny):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    setup = Setup(tiny, None, critic="shared")
+    setup.config.lora = lora()
+    for attention_bias, bias in ((True, "none"), (False, "all")):  # nothing of the base learns
+        shape = AutoConfig.from_pretrained(tiny, attention_bias=attention_bias)
+        setup.config.lora.bias = bias
+        ppo.adapted(AutoModelForCausalLM.from_config(shape), setup.config)
+    setup.config.lora.bias = "all"
+    with pytest.raises(UserError, match=r"lora.bias: all .* use none"):
+        ppo.adapted(
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny, attention_bias=True)), setup.config
+        )
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_only_adapter_and_critic_learn_and_the_base_never_changes(tiny, judge, critic):
+    setup = Setup(tiny, judge, lora=lora(), critic=critic)
+    base = {name: p for name, p in setup.policy.named_parameters() if "lora_" not in name}
+    adapter = {name: p for name, p in setup.policy.named_parameters() if "lora_" in name}
+    assert len(base) > len(adapter) > 0 and not any(p.requires_grad for p in base.values())
+    before = digest(base.values()), digest(adapter.values())
+    for seed in range(2):
+        rollout = setup.collect(seed)
+        setup.update(rollout)
+    assert digest(base.values()) == before[0] and digest(adapter.values()) != before[1]
+    assert (rollout.logprobs - rollout.reference).abs().max() > 0
+    assert {p.requires_grad for p in setup.policy.parameters()} == {True, False}  # reading the reference froze nothing
+
+
+def test_prompts_come_in_a_fresh_order_every_epoch_each_once():
+    steps = [ppo_rollout.rows_of_step(step, 4, 10, seed=3) for step in range(5)]
+    flat = [prompt for step in steps for prompt in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert ppo_rollout.rows_of_step(0, 25, 10, seed=3) == [
+        *flat[:20],
+        *ppo_rollout.rows_of_step(5, 4, 10, seed=3),
+        *ppo_rollout.rows_of_step(24, 1, 10, seed=3),
+    ]
+    assert steps[2] == ppo_rollout.rows_of_step(2, 4, 10, seed=3) != ppo_rollout.rows_of_step(2, 4, 10, seed=4)
