@@ -3,7 +3,8 @@
     make bench                                     # every row, about half an hour
     python scripts/bench.py llama --steps 2        # one row, quickly
 
-llama   pretraining, 12M parameters, batch 8 x 512: ours, the transformers Trainer's defaults, a minimal loop
+llama   pretraining, 12M parameters, batch 8 x 512 (on a GPU `make llama CONFIG=gpu`'s model and batch): ours, the
+        transformers Trainer's defaults, a minimal loop
 bert    pretraining at the recipe's laptop config: the recipe, the transformers Trainer's defaults on its model and rows
 t5      the same
 data    per cent of a step that bert, t5, unilm, glm and bart wait for their next batch: goal below 5
@@ -11,13 +12,14 @@ sft     tokens a second that are not padding, on ../shared/data's alpaca: ours, 
 lora    steps a second at the recipe's laptop config: the recipe, a PEFT loop written by hand on the same packed rows
 qlora   the same on four bits
 ppo     samples a second of a PPO step, 3.4M parameters, 256 answers: ours against TRL 1.12, the last that had PPO
+rollouts  answers a second of PPO's rollouts, against one bare, padded call of `generate`
 start   seconds from the start of the process to the first finished training step: ours against TRL's sft script
 help    seconds of `--help`: ours against TRL's sft script
 
 Contestants take turns, round after round, in one order and then in the other, so that a slow minute of the machine falls
 on all of them. A contestant has one figure a round, warm-up left out; shown is the median over the rounds. The ratio is
-taken within each round: its median is shown, with the smallest and the largest. Results go to benchmarks/<row>.json, and
-from there into RESULTS.md (`make results`). A row that fails is said at the end, exit code 1; the others are kept.
+taken within each round: its median is shown, with the smallest and the largest. Results go to benchmarks/<row>.json, of a
+GPU to benchmarks/<its name>/<row>.json, and from there into RESULTS.md (`make results`). A row that fails is said at the end, exit code 1; the others are kept.
 
 The rows are in scripts/bench_rows/, the turns and ratios in its harness.py.
 """
@@ -50,6 +52,7 @@ ROWS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "lora": partial(finetuning.adapter, "lora"),
     "qlora": partial(finetuning.adapter, "qlora"),
     "ppo": ppo.ppo,
+    "rollouts": ppo.rollouts,
     "start": startup.start,
     "help": startup.help_seconds,
 }
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--steps", type=int, default=6, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
+    parser.add_argument("--output", type=Path, help="folder of the results, in place of benchmarks/")
     asked = parser.parse_args(argv)
     if unknown := [row for row in asked.rows if row not in ROWS]:
         parser.error(f"no row {unknown[0]!r}: there are {', '.join(ROWS)}")
@@ -71,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
     threads = machine.choose_threads(None)
     torch.set_num_threads(int(threads.value))
+    folder = asked.output or ROOT / "benchmarks"
+    if machine.has_gpu() and not asked.output:
+        folder /= torch.cuda.get_device_name().replace(" ", "-")
     results, failed = [], []
     for row in asked.rows or ROWS:
         print(f"{row} ...", file=sys.stderr, flush=True)
@@ -84,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {row}: {error}" if isinstance(error, Failed) else traceback.format_exc(), file=sys.stderr)
             continue
         found["threads"] = threads.value
-        write_atomically(asked.output / f"{row}.json", json.dumps(found, indent=2) + "\n")
+        write_atomically(folder / f"{row}.json", json.dumps(found, indent=2) + "\n")
         results.append(found)
     print(table(results))
     if failed:

@@ -177,12 +177,13 @@ def details(stored: dict[str, Any]) -> str:
 
 
 def benchmarks(folder: Path) -> list[dict[str, Any]]:
-    """What `make bench` left, a dictionary a row of it, in the order in which bench.py measures."""
+    """What `make bench` left, here and then on GPUs, a dictionary a row of it, in the order in which bench.py measures."""
     from scripts.bench import ROWS
 
-    stored = {path.stem: path for path in folder.glob("*.json") if path.stem != STORE.stem}
-    order = [name for name in ROWS if name in stored] + sorted(set(stored) - set(ROWS))
-    return [json.loads(stored[name].read_text()) for name in order]
+    order = {name: place for place, name in enumerate(ROWS)}
+    stored = [path for path in (*folder.glob("*.json"), *folder.glob("*/*.json")) if path.stem != STORE.stem]
+    stored.sort(key=lambda path: (path.parent != folder, path.parent, order.get(path.stem, len(order)), path.stem))
+    return [json.loads(path.read_text()) for path in stored]
 
 
 def ratios(found: list[dict[str, Any]]) -> str:

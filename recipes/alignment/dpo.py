@@ -318,7 +318,7 @@ def shown(pairs: list[Row], count: int = 40) -> str:
 
 def main(config: Config, run: RunFolder) -> dict[str, float]:
     """Model, pairs, reference; measure, train, measure again, save."""
-    from recipes.common import policy_figures, sft
+    from recipes.common import policy_figures, sharding
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_targets
@@ -336,8 +336,11 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     held_out = with_room(held_out, tokenizer, model, config, run)
     compared, held_out_compared = rows, held_out
     if dpo.candidates != "given" and not run.dry:
-        compared = rank_own(rows[: dpo.sampled_prompts], model, tokenizer, config, run)
-        held_out_compared = rank_own(held_out, model, tokenizer, config, run)
+        with sharding.loaded_whole():  # it writes, and learns nothing
+            policy = load_model(config.model, tokenizer, run)
+        compared = rank_own(rows[: dpo.sampled_prompts], policy, tokenizer, config, run)
+        held_out_compared = rank_own(held_out, policy, tokenizer, config, run)
+        del policy
     elif dpo.candidates == "sampled":  # a dry run answers nothing: pairs of the right shape
         compared = held_out_compared = [{**row, "completions": ["1", "2"], "ranks": [0, 1]} for row in rows[:256]]
     train = encode(pairs_of(compared, dpo.pairs_per_prompt, args.seed), tokenizer, model, config, run)
@@ -357,7 +360,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     trainer = make_trainer(model, reference, tokenizer, train, pairs, config)
     batch = next(iter(trainer.get_train_dataloader()))
     preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
-    if sft.sharded(trainer):  # no process holds the whole model: the trainer's own figures alone
+    if sharding.sharded(trainer):  # no process holds the whole model: the trainer's own figures alone
         fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
         told = trainer.evaluate()
         policy_figures.save(trainer, tokenizer, run)

@@ -206,7 +206,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     """Model, prompts, rewards; measure, answer and learn, measure again, save."""
     from trl import GRPOTrainer
 
-    from recipes.common import policy_figures, rlhf, sft
+    from recipes.common import policy_figures, rlhf, sft, sharding
     from recipes.common.data import load_data
     from recipes.common.generation import prompt_ids
     from recipes.common.models import load_model, load_tokenizer
@@ -255,7 +255,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     ids, mask = rlhf.pad(fake, tokenizer.pad_token_id, "left")
     batch = {"input_ids": ids, "attention_mask": mask}
     preflight(run, trainer.model, batch, args=args, total_steps=total_steps(trainer))
-    if sft.sharded(trainer):  # no process holds the whole model: the rewards of the rollouts alone
+    if sharding.sharded(trainer):  # no process holds the whole model: the rewards of the rollouts alone
         fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
         policy_figures.save(trainer, tokenizer, run)
         history = [row["reward"] for row in run.history() if row.get("reward") is not None]

@@ -47,13 +47,7 @@ if TYPE_CHECKING:
     import datasets
     import torch
     import transformers
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-
-    from recipes.common.shared_prompts import Rows
-
-
-LEAST_LIKELY = -10.0  # nats: how much less likely an answer is than this is no matter
 
 
 @dataclass
@@ -67,7 +61,7 @@ class Reward:
     new_layers: NonNegativeInt = 0  # fresh layers on top of the model's own
     frozen_layers: NonNegativeInt = 0  # lowest layers that stay as they are
     language_coefficient: NonNegativeFloat = 0.0  # weight of the language-model loss on the best answers (GRM)
-    likelihood_coefficient: NonNegativeFloat = 0.0  # weight of telling each answer's log-likelihood as it goes on
+    likelihood_coefficient: NonNegativeFloat = 0.0  # weight, in the score, of the model's own log p(answer | prompt)
     margin: NonNegativeFloat = 0.0  # m for one rank between two answers (Llama 2: 1/3, or 1 where it is to tell more)
     centering_coefficient: NonNegativeFloat = 0.0  # weight of a pair's (r_w + r_l)^2 (TRL: 0.01)
     balance_lengths: bool = False  # weigh the pairs so that length alone does not tell the better one
@@ -106,10 +100,12 @@ def sample_candidates(
     from recipes.common.generation import is_checkable
     from recipes.common.models import load_model
     from recipes.common.own_answers import sample_answers
+    from recipes.common.sharding import loaded_whole
 
     if not is_checkable(rows[0]):
         raise UserError("reward.candidates: sampled answers need a labeller, and only the builtin tasks have a checker")
-    policy: Any = load_model(config.model, tokenizer, run)
+    with loaded_whole():  # it writes, and learns nothing
+        policy: Any = load_model(config.model, tokenizer, run)
     answers = sample_answers(
         policy.to(config.training.device), tokenizer, list(rows), config.reward.samples, config.evaluation,
         seed=config.training.seed, bf16=config.training.bf16,
@@ -230,39 +226,6 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def answer_logprobs(states: Tensor, rows: Rows, table: Tensor) -> Tensor:
-    """log p(y_t | x, y_<t) of every answer token, [B, K, R], 0 on padding.
-
-    states [B, L, H]; table [V, H], the word embeddings, which are the output head too.
-    """
-    import torch
-
-    from recipes.common.rlhf import token_logprobs
-    from recipes.common.shared_prompts import at_columns
-
-    real = rows.mask.bool()
-    before = at_columns(states, rows.before)[real]  # [T, H]
-    told = token_logprobs(before @ table.T.to(before.dtype), at_columns(rows.input_ids, rows.at)[real])  # [T]
-    return torch.zeros(real.shape, device=told.device).masked_scatter(real, told)
-
-
-def likelihood_loss(model: Any, states: Tensor, logprobs: Tensor, rows: Rows) -> Tensor:
-    """How far the probe, at each answer token, is from the log-likelihood of the answer so far: [B, K, R] -> [].
-
-    The likelihood is told, not taught: no gradient flows into it.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from recipes.common.shared_prompts import at_columns
-
-    real = rows.mask.bool()
-    so_far = logprobs.detach().cumsum(dim=2).clamp(min=LEAST_LIKELY)
-    with torch.autocast(states.device.type, enabled=False):
-        said = model.likelihood(at_columns(states, rows.at)[real].float()).squeeze(-1)  # [T]
-    return F.smooth_l1_loss(said, so_far[real])
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -273,7 +236,7 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     from recipes.common.preferences import length_balance, ranking_figures
-    from recipes.common.rlhf import answer_scores, centering_loss, ranking_loss
+    from recipes.common.rlhf import answer_logprobs, answer_scores, centering_loss, ranking_loss
     from recipes.common.shared_prompts import Rows, attention_mask
 
     knobs = config.reward
@@ -313,7 +276,9 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
             )
             states = told.hidden_states[-1]  # [B, L, H]
             there = ranks >= 0  # [B, K]
-            scores = answer_scores(self.model, states, rows)[there]  # [N], as are the next two
+            reads = knobs.language_coefficient or knobs.likelihood_coefficient
+            logprobs = answer_logprobs(self.model, states, rows) if reads else None  # [B, K, R]
+            scores = answer_scores(self.model, states, rows, logprobs)[there]  # [N], as are the next two
             ranks_of, group = ranks[there], there.nonzero()[:, 0]
             with torch.no_grad():
                 pair = (group[:, None] == group[None, :]) & (ranks_of[:, None] < ranks_of[None, :])  # [N, N]
@@ -326,12 +291,9 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
             loss = ranking_loss(scores, ranks_of, group, knobs.margin, weights)
             if knobs.centering_coefficient:
                 loss = loss + knobs.centering_coefficient * centering_loss(scores, ranks_of, group)
-            if knobs.language_coefficient or knobs.likelihood_coefficient:
-                logprobs = answer_logprobs(states, rows, self.model.get_input_embeddings().weight)  # [B, K, R]
+            if knobs.language_coefficient:
                 best = rows.mask.bool() & (ranks == 0)[:, :, None]
                 loss = loss - knobs.language_coefficient * logprobs[best].mean()
-            if knobs.likelihood_coefficient:
-                loss = loss + knobs.likelihood_coefficient * likelihood_loss(self.model, states, logprobs, rows)
             return (loss, {"scores": scores}) if return_outputs else loss
 
         def log(self, logs, start_time=None):  # type: ignore[no-untyped-def]
@@ -367,21 +329,25 @@ def score_all(model: PreTrainedModel, data: Any, tokenizer: Any, config: Config)
     """The score of every answer of every prompt, batched by length so that little is padding."""
     import torch
 
-    from recipes.common.rlhf import pad, sequence_scores
+    from recipes.common.rlhf import answer_scores, shared_states
+    from recipes.common.shared_prompts import Rows
 
-    flat = [(i, k, sequence) for i, row in enumerate(data["sequences"]) for k, sequence in enumerate(row)]
-    flat.sort(key=lambda entry: len(entry[2]))
-    scores = [[0.0] * len(row) for row in data["ranks"]]
+    order = sorted(range(len(data)), key=data["length"].__getitem__)
+    size = max(1, config.evaluation.batch_size // max(map(len, data["ranks"])))  # prompts
+    scores: list[list[float]] = [[] for _ in order]
     device, training = model.device, model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.training.bf16):
-        for start in range(0, len(flat), config.evaluation.batch_size):
-            chunk = flat[start : start + config.evaluation.batch_size]
-            ids, mask = pad([sequence for _, _, sequence in chunk], tokenizer.pad_token_id, "right")
-            for (i, k, _), score in zip(
-                chunk, sequence_scores(model, ids.to(device), mask.to(device)).tolist(), strict=True
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = {
+                name: x.to(device) for name, x in collate(list(data.select(chosen)), tokenizer.pad_token_id).items()
+            }
+            told, there = batch.pop("ranks") >= 0, Rows(**batch)
+            for i, some, real in zip(
+                chosen, answer_scores(model, shared_states(model, there), there).tolist(), told.tolist(), strict=True
             ):
-                scores[i][k] = score
+                scores[i] = [score for score, is_one in zip(some, real, strict=True) if is_one]
     model.train(training)
     return scores
 
@@ -389,24 +355,25 @@ def score_all(model: PreTrainedModel, data: Any, tokenizer: Any, config: Config)
 def per_token(model: PreTrainedModel, scores: list[list[float]], data: Any, tokenizer: Any, count: int = 8) -> str:
     """The score after each token of some prompts' best- and worst-scored answers, to see where the model makes up its mind.
 
-    Only the last token's was ever trained; the others are what the same head says on the way.
+    Nothing trains the score of an unfinished answer: what it says is what its state knows so far.
     """
-    import torch
-
     from recipes.common.generation import inference
-    from recipes.common.rlhf import token_scores
+    from recipes.common.rlhf import shared_states, token_scores
+    from recipes.common.shared_prompts import Rows
 
     lines = []
     with inference(model):
         for row, told in zip(data.select(range(min(count, len(data)))), scores, strict=False):
             lines += ["", f"{row['prompt'][-1]['role']}: {row['prompt'][-1]['content']}"]
+            batch = {name: x.to(model.device) for name, x in collate([row], tokenizer.pad_token_id).items()}
+            del batch["ranks"]
+            rows = Rows(**batch)
+            after = token_scores(model, shared_states(model, rows), rows)[0].tolist()  # [K, R]
             order = sorted(range(len(told)), key=lambda k: -told[k])
             for k in dict.fromkeys((order[0], order[-1])):
-                ids = torch.tensor([row["sequences"][k]], device=model.device)
-                after = token_scores(model, ids, torch.ones_like(ids))[0, row["start"] :].tolist()
                 tokens = [tokenizer.decode([i]) for i in row["sequences"][k][row["start"] :]]
                 lines.append(f"  rank {row['ranks'][k]}")
-                lines += [f"    {score:+7.2f}  {token!r}" for score, token in zip(after, tokens, strict=True)]
+                lines += [f"    {score:+7.2f}  {token!r}" for score, token in zip(after[k], tokens, strict=False)]
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -419,9 +386,12 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     from transformers import AutoModelForSequenceClassification
 
     from recipes.common.rlhf import pad, sequence_scores
+    from recipes.common.sharding import loaded_whole
 
     folder = run.save_model(model, tokenizer)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    with loaded_whole():
+        reloaded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=model.dtype)
+    reloaded.to(model.device).eval()
     sequences = [sequence for row in held_out["sequences"][:4] for sequence in row]
     model.eval()
     with torch.no_grad():
@@ -437,7 +407,6 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     import math
 
     import numpy as np
-    import torch
     from datasets import concatenate_datasets
     from transformers import AutoModelForSequenceClassification
 
@@ -455,6 +424,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     )
     from recipes.common.preflight import preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
+    from recipes.common.sharding import sharded, whole_model
     from recipes.common.shared_prompts import check_kernel
     from recipes.common.training import fit
 
@@ -477,8 +447,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     check_kernel(model.config)
     freeze(model, config.reward.frozen_layers)
     grow(model, config.reward.new_layers)
-    if knobs.likelihood_coefficient:
-        model.likelihood = torch.nn.Linear(model.config.hidden_size, 1)
+    model.config.reward_likelihood = knobs.likelihood_coefficient
     keep_head_in_full_precision(model)
     disable_dropout(model)  # answers of one prompt are compared with each other: noise between them is not wanted
 
@@ -506,21 +475,25 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     )
     preflight(run, model, batch, args=args, total_steps=steps)
 
-    untrained = ranking_figures(score_all(model, held_out, tokenizer, config), held_out)
-    length, words = length_baseline(train, held_out), words_baseline(train, held_out)
     trainer = make_trainer(model, tokenizer, train, held_out, config)
+    if (knobs.language_coefficient or knobs.likelihood_coefficient) and sharded(trainer):
+        raise UserError(
+            "reward.language_coefficient, reward.likelihood_coefficient: they take the product with the whole word "
+            "embeddings, and no process holds those: use 0, or launch with ddp or zero2"
+        )
+    untrained = ranking_figures(score_all(whole_model(trainer), held_out, tokenizer, config), held_out)
+    length, words = length_baseline(train, held_out), words_baseline(train, held_out)
     if config.reward.optimizer == "muon":
         trainer.optimizer = muon_with_adamw(model, args, config.reward.muon_learning_rate)
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
-    if knobs.likelihood_coefficient:
-        del model.likelihood  # it was there to teach
+    model = whole_model(trainer)
     scores = score_all(model, held_out, tokenizer, config)
     figures = ranking_figures(scores, held_out)
     if sampled_held_out is not None:
         own_scores = score_all(model, sampled_held_out, tokenizer, config)
         figures["sampled_reward_accuracy"] = ranking_figures(own_scores, sampled_held_out)["accuracy"]
 
-    # InstructGPT shifts scores so that demonstrations get 0 on average; dividing by the spread lets one KL coefficient
+    # InstructGPT shifts scores so that demonstrations get 0 on average; dividing by their spread lets one KL coefficient
     # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std.
     good = [
         s
@@ -531,17 +504,23 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     if shown is not None:
         good = [score for (score,) in score_all(model, shown, tokenizer, config)]
     model.config.reward_mean = float(np.mean(good))
-    model.config.reward_std = float(np.std([s for row in scores for s in row]))
+    model.config.reward_std = float(np.std(good)) or 1.0
     save_and_reload(model, tokenizer, held_out, run)
 
     draw(scores, held_out, run)
     run.sample("ranked.txt", ranked_sample(scores, held_out))
     run.sample("per_token.txt", per_token(model, scores, held_out, tokenizer))
     run.card(
-        "The score of a conversation is `model(**inputs).logits`, read at its last token, the stop token. "
-        "`recipes/alignment/ppo.py` uses (score - config.reward_mean) / config.reward_std: "
-        f"{'demonstrations' if shown is not None else 'the best-ranked held-out answers'} get 0 on average, and all "
-        "held-out answers have spread 1."
+        "The score of a conversation is `model(**inputs).logits`, read at its last token, the stop token"
+        + (
+            f", and {knobs.likelihood_coefficient:g} times the answer's log-likelihood by the model's own word embeddings "
+            "(`recipes/common/rlhf.py: answer_scores`). "
+            if knobs.likelihood_coefficient
+            else ". "
+        )
+        + "`recipes/alignment/ppo.py` uses (score - config.reward_mean) / config.reward_std: "
+        f"{'demonstrations' if shown is not None else 'the best-ranked held-out answers'} get 0 on average, with "
+        "spread 1."
     )
     return {
         "reward_accuracy": figures.pop("accuracy"),

@@ -341,10 +341,12 @@ def head_names(model: PreTrainedModel) -> set[str]:
 
 def freeze(model: Any, learned: set[str]) -> int:
     """Leave gradients on the named parameters alone; gives how many numbers learn. Raises UserError if none does."""
+    from recipes.common.memory_estimate import numbers_of
+
     count = 0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learned)
-        count += parameter.numel() if name in learned else 0
+        count += numbers_of(parameter) if name in learned else 0
     if count == 0:
         raise UserError("nothing would learn: every parameter of the model is frozen")
     return count

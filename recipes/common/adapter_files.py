@@ -45,15 +45,19 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     import torch
 
+    from recipes.common.sharding import gathered
+
     backbone: Any = model.base_model
     told = hashlib.sha256()
     tables = {id(module.weight) for module in backbone.modules() if isinstance(module, torch.nn.Embedding)}
     for name, parameter in sorted(backbone.named_parameters()):
-        if parameter.device.type == "meta" or (parameter.ndim > 1 and id(parameter) not in tables):
+        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves an empty vector here
+        if parameter.device.type == "meta" or (matrix and id(parameter) not in tables):
             continue
-        flat = parameter.detach().flatten()
+        whole = gathered(parameter).detach()
+        flat = whole.flatten()
         few = flat[torch.linspace(0, len(flat) - 1, 8, device=flat.device).long()].to("cpu", torch.bfloat16)
-        told.update(f"{name} {tuple(parameter.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
+        told.update(f"{name} {tuple(whole.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
     return told.hexdigest()[:32]
 
 
@@ -74,7 +78,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    from recipes.common.sft import sharded
+    from recipes.common.sharding import sharded
 
     path, told = run.path / "adapter", {"name": base, "fingerprint": fingerprint}
     peft = hasattr(model, "peft_config")

@@ -63,14 +63,15 @@ def pretrain_and_score(
     *,
     time_limit_minutes: float | None = None,
     flops_per_token: Callable[[dict[str, Tensor]], float] | None = None,
-) -> dict[str, float]:
-    """Train, save, draw the loss. Gives the held-out `eval_loss`, and beside it `untrained_loss` and `unigram_loss`.
+) -> tuple[dict[str, float], Any]:
+    """Train, save, draw the loss. Gives the held-out `eval_loss`, beside it `untrained_loss` and `unigram_loss`, and the model.
 
     held_out: batches whose draws are the same before and after, and in every run
     flops_per_token: of a batch, for models that the usual count does not fit (an encoder-decoder)
     """
     from recipes.common.held_out import mean_loss, unigram_loss
     from recipes.common.preflight import preflight
+    from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
     model: Any = trainer.model
@@ -84,10 +85,11 @@ def pretrain_and_score(
     targets = [batch["labels"].cpu() for batch in seen]
     figures = {
         "unigram_loss": unigram_loss(targets, [batch["labels"] for batch in held_out], len(tokenizer)),
-        "untrained_loss": mean_loss(model, held_out, args),
+        "untrained_loss": mean_loss(whole_model(trainer), held_out, args),
     }
     fit(trainer, run, time_limit_minutes=time_limit_minutes)
+    model = whole_model(trainer)
     run.save_model(model, tokenizer)
     run.plot_curve("loss", "loss")
     figures["eval_loss"] = mean_loss(model, held_out, args)
-    return figures
+    return figures, model

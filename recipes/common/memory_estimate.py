@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def numbers_of(parameter: Any) -> int:
-    """How many numbers a parameter holds; bitsandbytes packs two four-bit ones into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    """How many numbers a parameter holds; bitsandbytes packs two four-bit ones into a byte, ZeRO-3 leaves none here."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def weight_bytes(model: Any) -> int:

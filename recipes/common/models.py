@@ -52,7 +52,9 @@ def ensure_made(name: str, run: RunFolder) -> str:
     if variant.exists() and not begun.exists():
         how += ["--config", str(variant), "--run.name", run_name]
     command = [sys.executable, str(scripts[0]), "--run.root", root.rstrip("/"), *how]
-    code = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
+    launched = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
+    alone = {key: value for key, value in os.environ.items() if not key.startswith(launched)}  # whatever this run is
+    code = subprocess.run(command, cwd=Path.cwd(), env={**alone, "PYTHONPATH": str(ROOT)}, check=False).returncode
     if code != 0:
         raise UserError(f"{name} could not be made: `{make}` ended with exit code {code}; its messages are above")
     return name
@@ -236,7 +238,7 @@ def load_model(
             revision=model.revision, dtype=dtype, attn_implementation=model.attention, **options,
         )  # fmt: skip
     if tokenizer is not None:
-        rows = made.get_input_embeddings().weight.shape[0]
+        rows = made.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together; "
@@ -254,7 +256,18 @@ def load_model(
             made.generation_config.pad_token_id = tokenizer.pad_token_id
         if made.config.pad_token_id is None:
             made.config.pad_token_id = tokenizer.pad_token_id
+    _keep_tied_weights_together(made)
     return made
+
+
+def _keep_tied_weights_together(model: Any) -> None:
+    """FSDP makes a unit of each module that a library's class names; one that holds the input embeddings, which are the
+    output head too (BERT's), would take them away from the head."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    table = model.get_input_embeddings()
+    holding = {type(module).__name__ for module in model.modules() if any(part is table for part in module.children())}
+    model._no_split_modules = set(getattr(model, "_no_split_modules", None) or ()) - holding
 
 
 def _parameters_of(auto_class: Any, config: Any) -> int:

@@ -120,25 +120,27 @@ def reward_scores(
     Raises UserError for nan or inf.
     """
     from recipes.common.chat import encode_plain
-    from recipes.common.generation import inference, prompt_ids, prompt_of
-    from recipes.common.rlhf import pad, sequence_scores
+    from recipes.common.generation import inference, pad_id, prompt_ids, prompt_of
+    from recipes.common.rlhf import answer_scores, shared_states
+    from recipes.common.shared_prompts import Rows, share
     from recipes.common.verifiable_rewards import checked
 
     prompts = prompt_ids(tokenizer, [prompt_of(row) for row in rows])
     flat = [
-        (i, k, [*prompts[i], *ids, tokenizer.eos_token_id])
+        (i, k, [*ids, tokenizer.eos_token_id])
         for i, some in enumerate(answers)
         for k, ids in enumerate(encode_plain(tokenizer, list(some)))
     ]
-    flat.sort(key=lambda entry: len(entry[2]))
+    flat.sort(key=lambda entry: len(prompts[entry[0]]) + len(entry[2]))
     scores = [[0.0] * len(some) for some in answers]
     mean = getattr(reward_model.config, "reward_mean", 0.0)
     std = getattr(reward_model.config, "reward_std", 1.0)
     with inference(reward_model, bf16=bf16):
         for start in range(0, len(flat), batch_size):
             chunk = flat[start : start + batch_size]
-            ids, mask = pad([sequence for _, _, sequence in chunk], tokenizer.pad_token_id, "right")  # type: ignore[arg-type]
-            told = sequence_scores(reward_model, ids.to(reward_model.device), mask.to(reward_model.device))
-            for (i, k, _), score in zip(chunk, checked(told.tolist(), len(chunk), "the reward model"), strict=True):
+            alone = share([prompts[i] for i, _, _ in chunk], [[ids] for _, _, ids in chunk], pad_id(tokenizer))
+            alone = Rows(*(field.to(reward_model.device) for field in alone))
+            told = answer_scores(reward_model, shared_states(reward_model, alone), alone).flatten().tolist()
+            for (i, k, _), score in zip(chunk, checked(told, len(chunk), "the reward model"), strict=True):
                 scores[i][k] = (score - mean) / std
     return scores

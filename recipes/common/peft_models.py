@@ -88,10 +88,10 @@ def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedM
 
 def save_and_merge(task: Task, trainer: Any, adapted: Any, run: RunFolder) -> dict[str, float]:
     """adapter/, and model/ with the adapter in its weights; gives the adapter's bytes and what merging did to the logits."""
-    from recipes.common import adaptation, sft
+    from recipes.common import adaptation, sharding
 
     figures: dict[str, float] = {"adapter_bytes": adaptation.save(task, trainer, adapted, run)}
-    if sft.sharded(trainer):
+    if sharding.sharded(trainer):
         run.say("  the model is sharded, so it is not merged here: adapter/ is the result")
         return figures
     full_precision = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)  # no autocast around it

@@ -210,12 +210,12 @@ def check_room(
 
 def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
     """The model to model/; of a LoRA run the adapter to adapter/ and the merged model to model/."""
-    from recipes.common import sft
+    from recipes.common import sft, sharding
 
     if not hasattr(trainer.model, "peft_config"):
         sft.save(trainer, tokenizer, run)
         return
     run.save_model(trainer.model, tokenizer, folder="adapter")
-    if not sft.sharded(trainer):
+    if not sharding.sharded(trainer):
         whole = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         run.save_model(whole.merge_and_unload(), tokenizer)

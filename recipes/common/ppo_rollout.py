@@ -186,15 +186,16 @@ def model_scores(
     from recipes.common.verifiable_rewards import checked
 
     assert models.reward_model is not None
+    reward_model = accelerator.unwrap_model(models.reward_model)
     with timed(answers.seconds, "score"), torch.no_grad(), accelerator.autocast():
         rows = rows_of(models, answers, list(range(len(answers.ids))), count, accelerator.device)
         parts = [
-            answer_scores(models.reward_model, shared_states(models.reward_model, some), some).flatten()
+            answer_scores(reward_model, shared_states(reward_model, some), some).flatten()
             for some in batches(rows, args.per_device_train_batch_size)
         ]
         scores = torch.cat(parts)
         checked(scores.tolist(), len(scores), "ppo.reward_model")
-    scale = models.reward_model.config
+    scale = reward_model.config
     return (scores - getattr(scale, "reward_mean", 0.0)) / getattr(scale, "reward_std", 1.0)
 
 
@@ -242,10 +243,12 @@ def read(
     from recipes.common.shared_prompts import batches
 
     rows, parts = rows_of(models, answers, kept, count, accelerator.device), []
+    policy = accelerator.unwrap_model(models.learner).policy
+    apart = accelerator.unwrap_model(models.reference) if models.reference is not None else None
     with timed(answers.seconds, "read"), torch.no_grad(), accelerator.autocast():
         for some in batches(rows, args.per_device_train_batch_size):
             told = models.learner(some, with_entropy=True)
-            with start_model(accelerator.unwrap_model(models.learner).policy, models.reference) as reference:
+            with start_model(policy, apart) as reference:
                 _, logprobs, _ = answers_told(reference, some)
             parts.append((told.logprobs, logprobs.flatten(0, 1), told.values, told.entropy))
     logprobs, reference, values, entropy = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -36,8 +36,8 @@ def flops_per_token(model: Any, sequence_length: int) -> float:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if embedding is not None and hasattr(embedding, "weight") and (head is None or head.weight is not embedding.weight):
-        total -= embedding.weight.numel()
-        learned -= embedding.weight.numel() if embedding.weight.requires_grad else 0
+        total -= numbers_of(embedding.weight)
+        learned -= numbers_of(embedding.weight) if embedding.weight.requires_grad else 0
     layers = getattr(config, "num_hidden_layers", 0)
     hidden = getattr(config, "hidden_size", 0)
     return 4 * total + 2 * learned + 12 * layers * hidden * sequence_length

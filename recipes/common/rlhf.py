@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.common.errors import UserError
-from recipes.common.shared_prompts import Rows, at_columns, attention_mask, last_column
+from recipes.common.sharding import gathered
+from recipes.common.shared_prompts import Rows, at_columns, attention_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -310,7 +311,7 @@ def keep_head_in_full_precision(model: Any) -> None:
 
 
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The reward model's score of each sequence, read at its last real token: [B, L] -> [B] in fp32.
+    """What the head says of each sequence, read at its last real token: [B, L] -> [B] in fp32.
 
     What `model(input_ids, attention_mask).logits` gives, except that real tokens are known by the mask, not by being
     other than the pad token, and that the head is not rounded to bf16.
@@ -324,14 +325,33 @@ def shared_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     return backbone_states(model, rows.input_ids, attention_mask(rows.branch, model.config), rows.position_ids)
 
 
-def answer_scores(model: Any, states: Tensor, rows: Rows) -> Tensor:
-    """The score of each answer, read at its last token: last hidden states [B, L, H] -> [B, K] in fp32."""
-    return score_head(model, at_columns(states, last_column(rows)[:, :, None]).squeeze(2))
+def answer_logprobs(model: Any, states: Tensor, rows: Rows) -> Tensor:
+    """log p(y_t | x, y_<t) of every answer token by the word embeddings, which are the output head too: last hidden states
+    [B, L, H] -> [B, K, R], 0 on padding."""
+    real = rows.mask.bool()
+    before = at_columns(states, rows.before)[real]  # [T, H]
+    table = gathered(model.get_input_embeddings().weight).to(before.dtype)  # [V, H]
+    told = token_logprobs(before @ table.T, at_columns(rows.input_ids, rows.at)[real])  # [T]
+    return torch.zeros(real.shape, device=told.device).masked_scatter(real, told.float())
 
 
-def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the score would be, were each token the last: [B, L] -> [B, L]. Only the last one was ever trained."""
-    return score_head(model, backbone_states(model, input_ids, attention_mask, positions(attention_mask)))
+def token_scores(model: Any, states: Tensor, rows: Rows, logprobs: Tensor | None = None) -> Tensor:
+    """What an answer's score would be, were each of its tokens the last: last hidden states [B, L, H] -> [B, K, R] in fp32.
+
+        score = head(h_t) + config.reward_likelihood * sum_{i <= t} log p(y_i | x, y_<i)
+
+    The head is what `AutoModelForSequenceClassification` gives. `logprobs`: `answer_logprobs`, where they are known.
+    """
+    told = score_head(model, at_columns(states, rows.at))
+    if weight := getattr(model.config, "reward_likelihood", 0.0):
+        told = told + weight * (answer_logprobs(model, states, rows) if logprobs is None else logprobs).cumsum(dim=2)
+    return told
+
+
+def answer_scores(model: Any, states: Tensor, rows: Rows, logprobs: Tensor | None = None) -> Tensor:
+    """The score of each answer, that of its last token: [B, L, H] -> [B, K] in fp32."""
+    last = (rows.mask.sum(dim=2, keepdim=True) - 1).clamp(min=0)  # [B, K, 1]
+    return token_scores(model, states, rows, logprobs).gather(2, last).squeeze(2)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -438,7 +458,8 @@ class ActorCritic(nn.Module):
         if self.critic is None:
             states = at_columns(out.hidden_states[-1], rows.before)  # [B, K, R, H]
             with torch.autocast(states.device.type, enabled=False):
-                values = self.head(states.float()).squeeze(-1)
+                # DeepSpeed in 16 bits has the head in them too
+                values = F.linear(states.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)
         else:
             states = at_columns(shared_states(self.critic, rows), rows.before)
             values = (score_head(self.critic, states) - self.mean) / self.std

@@ -14,13 +14,14 @@ from recipes.common.length_groups import group_by_length
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Evaluation
 from recipes.common.sft_packing import IGNORED, PackedRows
+from recipes.common.sharding import sharded
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from matplotlib.axes import Axes
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
 SHOWN = 8  # questions that cannot be checked, of which the answers are kept in samples/
@@ -67,6 +68,7 @@ def model_of(trainer: SFTTrainer) -> Any:
 
 def announce(trainer: SFTTrainer, run: RunFolder, answers: Callable[[], Any] | None = None) -> dict[str, torch.Tensor]:
     """Check the first batch and say what is about to run (`--dry-run` ends here); gives the batch. `answers`: preflight's."""
+    from recipes.common.memory_estimate import numbers_of
     from recipes.common.preflight import preflight
     from recipes.common.training import total_steps
 
@@ -81,7 +83,7 @@ def announce(trainer: SFTTrainer, run: RunFolder, answers: Callable[[], Any] | N
         # MFU must not count the products that are saved: the head's, for tokens that are not learned
         head = model_of(trainer).get_output_embeddings().weight
         saved = 1 - (batch["labels"] != IGNORED).float().mean().item()
-        run.figures["flops_per_token"] -= (6 if head.requires_grad else 4) * head.numel() * saved
+        run.figures["flops_per_token"] -= (6 if head.requires_grad else 4) * numbers_of(head) * saved
     return batch
 
 
@@ -206,9 +208,7 @@ def measure(
     Where no process holds the whole model, only the loss: to write, each would wait for all others at each token.
     """
     if sharded(trainer):
-        loss = round(trainer.evaluate()["eval_loss"], 4)
-        run.say(f"{when}: held-out loss {loss:.4f}; the model is sharded, so its answers are not looked at here")
-        return Measured(loss, {}, [])
+        return _measure_in_pieces(trainer, run, when)
     loss = held_out_loss(trainer)
     checkable: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
@@ -233,6 +233,19 @@ def measure(
     sampled = f", sampled {figures['sampled_exact_match']:.1%}" if figures else ""
     run.say(f"{when}: held-out loss {loss:.4f}{matched}{sampled}")
     return Measured(loss, figures, answers)
+
+
+def _measure_in_pieces(trainer: SFTTrainer, run: RunFolder, when: str) -> Measured:
+    """The loss alone. FSDP cuts the model as training starts, and evaluates only then: what was before is told after."""
+    started = [told["eval_loss"] for told in trainer.state.log_history if told["step"] == 0 and "eval_loss" in told]
+    if not started:
+        trainer.args.eval_on_start = True
+        return Measured(float("nan"), {}, [])
+    loss, then = round(trainer.evaluate()["eval_loss"], 4), round(started[0], 4)
+    run.say(
+        f"{when}: held-out loss {loss:.4f}, before {then:.4f}; the model is sharded, so its answers are not looked at here"
+    )
+    return Measured(loss, {"baseline_loss": then}, [])
 
 
 def report(run: RunFolder, before: Measured, after: Measured) -> dict[str, float]:
@@ -295,9 +308,3 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder
             tokenizer.save_pretrained(run.path / "model")
     else:
         run.save_model(model_of(trainer), tokenizer)
-
-
-def sharded(trainer: Trainer) -> bool:
-    """Whether no process holds the whole model (ZeRO stage 3, FSDP)."""
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)

@@ -118,8 +118,3 @@ def at_columns(x: Tensor, columns: Tensor) -> Tensor:
     import torch
 
     return x[torch.arange(len(x), device=x.device)[:, None, None], columns]
-
-
-def last_column(rows: Rows) -> Tensor:
-    """The column of each answer's last token: [B, K]."""
-    return rows.at.gather(2, (rows.mask.sum(dim=2, keepdim=True) - 1).clamp(min=0)).squeeze(2)

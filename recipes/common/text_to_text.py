@@ -168,10 +168,13 @@ def flops_per_source_token(model: Any, batch: dict[str, Tensor]) -> float:
     6 for each number that multiplies a token: the encoder's meet source tokens, the decoder's and the head's target ones,
     save that the cross-attention's keys and values (left out here) meet source tokens. Attention itself as PaLM counts it.
     """
+    from recipes.common.memory_estimate import numbers_of
+    from recipes.common.preflight import count_parameters
+
     source, target = batch["input_ids"].shape[1], batch["labels"].shape[1]
-    table = model.get_input_embeddings().weight.numel()
-    encoder = sum(p.numel() for p in model.get_encoder().parameters()) - table
-    decoder = sum(p.numel() for p in model.get_decoder().parameters())  # with the table, which is the head
+    table = numbers_of(model.get_input_embeddings().weight)
+    encoder = count_parameters(model.get_encoder()) - table
+    decoder = count_parameters(model.get_decoder())  # with the table, which is the head
     config = model.config
     layers, hidden = config.num_hidden_layers, config.hidden_size
     attention = 12 * layers * hidden * (source * source + target * target + source * target)

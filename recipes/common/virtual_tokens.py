@@ -180,8 +180,8 @@ def put_back(model: Any, settings: dict[str, Any]) -> Any:
 
     from recipes.common.prompt_encoder import learned_names
 
-    width = model.get_input_embeddings().weight.shape[1]
-    put_in(model, torch.nn.Embedding(settings["tokens"], int(width)), settings["tokens"], settings["first_id"])
+    width = model.get_input_embeddings().embedding_dim
+    put_in(model, torch.nn.Embedding(settings["tokens"], width), settings["tokens"], settings["first_id"])
     model.prompt.settle()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learned_names(model))

@@ -173,7 +173,7 @@ def draw(run: RunFolder, kept: dict[str, int], most: int) -> None:
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Base and task, adapter, train while pruning, merge, save both."""
-    from recipes.common import adaptation, sft
+    from recipes.common import adaptation, sharding
     from recipes.common.peft_models import check_targets, save_and_merge, with_adapter
 
     adalora = config.adalora
@@ -189,7 +189,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )
 
     def ready(trainer: Any) -> None:
-        if sft.sharded(trainer):
+        if sharding.sharded(trainer):
             raise UserError("adalora: importances need whole gradients; launch with ddp, or single")
         allocate_as_it_learns(trainer, adapted, run)
 

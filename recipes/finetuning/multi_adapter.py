@@ -373,7 +373,7 @@ def serving(base: str, folders: dict[str, Path], ranks: list[int]) -> str:
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Adapters one by one, all of them on the base, switched, added up; everybody on every task's rows."""
-    from recipes.common import adaptation, sft
+    from recipes.common import adaptation, sharding
     from recipes.common.peft_models import check_targets
 
     multi, task_type = config.multi, config.lora.task_type
@@ -395,7 +395,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         raise DryRunDone
 
     trainer = adaptation.make_trainer(replace(task, data=rows[next(iter(rows))]), task.base, config.training, run)
-    if sft.sharded(trainer):
+    if sharding.sharded(trainer):
         raise UserError("multi_adapter: switching needs the whole model in each process; launch with ddp, or single")
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     alone = logits_alone(task.base, folders, batch)

@@ -89,7 +89,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     prompt_encoder.check_room(task.base, template.tokens)
 
     first_id = virtual_tokens.place(task, template, config.training)
-    width = int(task.base.get_input_embeddings().weight.shape[1])
+    width = task.base.get_input_embeddings().embedding_dim
     settings.num_virtual_tokens, settings.token_dim, settings.num_transformer_submodules = template.tokens, width, 1
     settings.encoder_hidden_size = settings.encoder_hidden_size or width
     adaptation.seed_again()

@@ -186,7 +186,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     import torch
     from peft import prepare_model_for_kbit_training
 
-    from recipes.common import adaptation, sft
+    from recipes.common import adaptation, sharding
     from recipes.common.peft_models import check_targets, with_adapter
 
     paged_where_it_can(config.training, run)
@@ -217,7 +217,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     figures |= {"quantised_weights": weights, "bits_per_quantised_weight": round(8 * size / weights, 4)}
     figures["adapter_bytes"] = adaptation.save(task, trainer, adapted, run)
-    if sft.sharded(trainer):
+    if sharding.sharded(trainer):
         run.say("  the model is sharded, so it is not merged here: adapter/ is the result")
         return figures
     full_precision = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)  # no autocast around it

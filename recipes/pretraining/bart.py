@@ -179,6 +179,8 @@ def put_source_encoder(model: Any, layers: int) -> None:
 
 def learn_first_stage_only(model: Any) -> int:
     """Freeze all but the source encoder, BART's positions, and the inputs of its first self-attention; how many numbers learn."""
+    from recipes.common.preflight import count_parameters
+
     bart = model.model
     model.requires_grad_(False)
     attention = bart.encoder.layers[0].self_attn
@@ -187,7 +189,7 @@ def learn_first_stage_only(model: Any) -> int:
         attention.q_proj, attention.k_proj, attention.v_proj,
     ):  # fmt: skip
         part.requires_grad_(True)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return count_parameters(model, trainable_only=True)
 
 
 def compare_translation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
@@ -317,7 +319,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
             None,
         ),
     )
-    figures = pretrain_and_score(
+    figures, model = pretrain_and_score(
         trainer,
         tokenizer,
         held_out_batches(bart.corruptions),

@@ -238,6 +238,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import refuse_special_tokens_alone
     from recipes.common.preflight import preflight
+    from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
     bert, training = config.bert, config.training
@@ -292,9 +293,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     seen += [batch for batch, _ in zip(batches, range(49), strict=False)]
     drawn = [{**held_out[i], "draw": i} for i in range(len(held_out))]
     scored = [rows_of(drawn[i : i + 64], held_out, 0) for i in range(0, len(drawn), 64)]
-    before = measure(model, scored, training)
+    before = measure(whole_model(trainer), scored, training)
     unigram = unigram_loss([b["labels"].cpu() for b in seen], [b["labels"] for b in scored], len(tokenizer))
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    model = whole_model(trainer)
     run.save_model(model, tokenizer)
     run.plot_curve("loss", "loss")
     after = measure(model, scored, training)

@@ -273,7 +273,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    figures = pretrain_and_score(
+    figures, model = pretrain_and_score(
         trainer, tokenizer, held_out_batches(), run, time_limit_minutes=config.run.time_limit_minutes
     )
     run.save_code(modeling_blank_infilling)

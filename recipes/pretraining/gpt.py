@@ -172,6 +172,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
+    from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
     gpt, training = config.gpt, config.training
@@ -213,8 +214,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )  # fmt: skip
     batch = next(iter(trainer.get_train_dataloader()))
     preflight(run, model, batch, args=training, total_steps=total_steps(trainer))
-    untrained = loss_by_position(model, held_out[:16], training.bf16)
+    untrained = loss_by_position(whole_model(trainer), held_out[:16], training.bf16)
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    model = whole_model(trainer)
     run.save_model(model, tokenizer)
     run.plot_curve("loss", "loss")
 

@@ -151,6 +151,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
+    from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
     llama, training = config.llama, config.training
@@ -198,9 +199,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     preflight(run, model, batch, args=training, total_steps=total_steps(trainer))
     unigram = unigram_bits_per_byte(blocks, tokenizer, held_out)
     untrained = bits_per_byte(
-        model, tokenizer, held_out[:8], llama.block_length, llama.evaluation_stride, training.bf16
+        whole_model(trainer), tokenizer, held_out[:8], llama.block_length, llama.evaluation_stride, training.bf16
     )
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    model = whole_model(trainer)
     run.save_model(model, tokenizer)
     run.plot_curve("loss", "loss")
 

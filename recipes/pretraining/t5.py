@@ -309,7 +309,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         spans_cut(held_out[i : i + 32], list(range(i, min(i + 32, len(held_out)))), 0)
         for i in range(0, len(held_out), 32)
     ]
-    figures = pretrain_and_score(
+    figures, model = pretrain_and_score(
         trainer,
         tokenizer,
         scored,

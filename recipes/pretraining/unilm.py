@@ -285,7 +285,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    figures = pretrain_and_score(
+    figures, model = pretrain_and_score(
         trainer, tokenizer, cloze_alone(held_out_batches()), run, time_limit_minutes=config.run.time_limit_minutes
     )
     for kind, name in enumerate(KINDS):

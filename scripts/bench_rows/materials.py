@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from recipes.common import machine
 from scripts.bench_rows.harness import ROOT, Skipped
 
 BATCH, LENGTH = 8, 512
@@ -15,16 +18,32 @@ ALPACA = ROOT.parent / "shared" / "data" / "llama_factory" / "alpaca_en_demo.jso
 TOKENIZER = ROOT / "runs" / "tokenizer" / "default" / "model"
 
 
-def small_llama(length: int = LENGTH) -> Any:
+def small_llama() -> Any:
+    """12M parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-        max_position_embeddings=length, tie_word_embeddings=True,
+        max_position_embeddings=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def llama_of_this_machine() -> tuple[Any, int, int]:
+    """The model to pretrain, with the rows of a batch and their tokens: 12M parameters, or on a GPU `make llama CONFIG=gpu`'s 113M."""
+    if not machine.has_gpu():
+        return small_llama(), BATCH, LENGTH
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = yaml.safe_load((ROOT / "configs/pretraining/llama/gpu.yaml").read_text())
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49152, **settings["model"]["config"])  # of the tokenizer that it names
+    return (
+        LlamaForCausalLM(config), settings["training"]["per_device_train_batch_size"], settings["llama"]["block_length"],
+    )  # fmt: skip
 
 
 def alpaca() -> list[dict[str, Any]]:

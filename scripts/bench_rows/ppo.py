@@ -1,19 +1,23 @@
-"""The row of PPO: ours against TRL 1.12, the last that had it, in an environment of its own."""
+"""Rows of PPO: ours against TRL 1.12, the last that had it, in an environment of its own; rollouts against bare `generate`."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import statistics
 import sys
 import sysconfig
 import tempfile
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from recipes.common import machine
-from scripts.bench_rows.harness import ROOT, Failed, call, environment_of_own, interleave, result
+from scripts.bench_rows.harness import ROOT, WARM_UP, Failed, call, environment_of_own, fresh_state, interleave, result
 from scripts.bench_rows.materials import small_chat_model
 
 ROLLOUTS = 256  # answers a step, learned from in 4 minibatches, twice
@@ -109,6 +113,55 @@ def ppo(steps: int, rounds: int) -> dict[str, Any]:
         settings=settings, vocabulary=len(tokenizer), steps=steps,
         precision={name: said.get("precision", "bf16" if bf16 else "fp32") for name, said in seen.items()},
         response_length={name: round(said["response_length"], 2) for name, said in seen.items()},
+        peak_memory_gib={name: round(said["peak_memory_gib"], 3) for name, said in seen.items()},
         minibatches=counts.pop(), trl=next(said["trl"] for said in seen.values() if "trl" in said),
         note="random weights, so answers seldom end early; TRL generates and scores in fp32 in either precision",
+    )  # fmt: skip
+
+
+def rollouts(steps: int, rounds: int) -> dict[str, Any]:
+    """Answers a second of PPO's rollouts, at the sizes of the row `ppo`, against one bare, padded call of `generate`."""
+    import torch
+    from accelerate import Accelerator
+    from transformers import GenerationConfig
+
+    from recipes.common.data import load_data
+    from recipes.common.generation import prompt_ids
+    from recipes.common.ppo_rollout import Models, answer
+    from recipes.common.rlhf import ActorCritic
+    from recipes.common.sections import Data
+
+    fresh_state()
+    accelerator, bf16 = Accelerator(cpu=not machine.has_gpu()), bool(machine.choose_bf16().value)
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = small_chat_model(Path(folder), positions=256)
+    model.to(accelerator.device).eval()
+    asked = load_data(Data(name="tasks", max_samples=4000), "prompt")["train"]["prompt"]
+    prompts = [ids for ids in prompt_ids(tokenizer, asked) if len(ids) <= 64][:ROLLOUTS]
+    models = Models(ActorCritic(model, None), reference=None, reward_model=None, tokenizer=tokenizer)
+
+    def bare() -> None:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(accelerator.device)
+        choices = GenerationConfig(
+            max_new_tokens=16, do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )  # fmt: skip
+        with torch.no_grad(), torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+            model.generate(**batch, generation_config=choices).tolist()
+
+    def ours() -> None:
+        args: Any = SimpleNamespace(bf16=bf16)
+        answer(models, [{}] * ROLLOUTS, prompts, args, accelerator, longest=16, at_once=ROLLOUTS, seed=0)
+
+    def speed(once: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(WARM_UP + steps):
+            started = time.perf_counter()
+            once()
+            seconds.append(time.perf_counter() - started)
+        return ROLLOUTS / statistics.median(seconds[WARM_UP:])
+
+    found = interleave({"bare generate": lambda: speed(bare), "ours": lambda: speed(ours)}, rounds)
+    return result(
+        "rollouts", f"PPO's rollouts, 3.4M llama, {ROLLOUTS} answers at once", "answers/s", found, True,
+        steps=steps, bf16=bf16, note="random weights, so answers seldom end early; ours also decodes and tells where each ended",
     )  # fmt: skip

@@ -23,6 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 1  # a step answers and learns in several shapes, all of which the first one has seen
 
 
+def peak_memory_gib() -> float:
+    """Most memory that this process has held, GiB: of the GPU where there is one, else of the process (Linux)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
 def ours(folder: Path, steps: int) -> dict[str, Any]:
     """The recipe itself; what is timed is its loop, from each step's begin to the next's."""
     sys.path.insert(0, str(ROOT))
@@ -53,6 +63,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
         "seconds": seconds[WARM_UP:],
         "minibatches": history[-1]["minibatches"],
         "response_length": history[-1]["response_length"],
+        "peak_memory_gib": peak_memory_gib(),
     }
 
 
@@ -134,6 +145,7 @@ def trl(folder: Path, steps: int, bf16: bool) -> dict[str, Any]:
         "seconds": [b - a for a, b in pairwise(ends)],
         "minibatches": settings["epochs"] * settings["rollouts"] // settings["minibatch"],
         "response_length": lengths[-1],
+        "peak_memory_gib": peak_memory_gib(),
         "precision": str(trainer.accelerator.mixed_precision),
         "trl": trl.__version__,
     }

@@ -14,7 +14,7 @@ import yaml
 
 from recipes.common import machine
 from scripts.bench_rows.harness import ROOT, WARM_UP, clock_callback, fresh_state, interleave, quiet_run, result
-from scripts.bench_rows.materials import BATCH, LENGTH, small_llama
+from scripts.bench_rows.materials import llama_of_this_machine
 from scripts.bench_rows.recipe_runs import timed_training, trainer_of, with_tokenizer
 
 TRAINER = "transformers Trainer, defaults"
@@ -49,8 +49,11 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
     temporary = tempfile.TemporaryDirectory()
     folder = Path(temporary.name)
     count = WARM_UP + steps + 1  # the last step's end is not seen
-    generator = torch.Generator().manual_seed(0)
-    blocks = [{"input_ids": torch.randint(4096, (LENGTH,), generator=generator)} for _ in range(BATCH * count)]
+    (our_model, batch_size, length), (loop_model, *_), (default_model, *_) = (llama_of_this_machine() for _ in range(3))
+    vocabulary, generator = our_model.config.vocab_size, torch.Generator().manual_seed(0)
+    blocks = [
+        {"input_ids": torch.randint(vocabulary, (length,), generator=generator)} for _ in range(batch_size * count)
+    ]
     bf16, compiles = bool(machine.choose_bf16().value), bool(machine.can_compile().value)
     device = "cuda" if machine.has_gpu() else "cpu"
 
@@ -59,7 +62,7 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
         return {"input_ids": ids, "labels": ids}
 
     loop_name = "minimal loop, " + ("bf16" if bf16 else "fp32") + (" + compile" if compiles else "")
-    default_model, loop_model, our_model = small_llama(), small_llama().to(device), small_llama()
+    loop_model.to(device)
     fuse_next_token_loss(our_model)
     loop_step = loop_model
     if compiles:
@@ -68,10 +71,10 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
 
     def speed(name: str, seconds: list[float]) -> float:
         step_seconds[name].append([round(t, 4) for t in seconds])
-        return BATCH * LENGTH / statistics.median(seconds)
+        return batch_size * length / statistics.median(seconds)
 
     def defaults() -> float:
-        return speed(TRAINER, trainer_defaults(default_model, blocks, collate, BATCH, steps))
+        return speed(TRAINER, trainer_defaults(default_model, blocks, collate, batch_size, steps))
 
     def minimal_loop() -> float:
         fresh_state()
@@ -79,7 +82,7 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
         seconds = []
         for step in range(count - 1):
             started = time.perf_counter()
-            batch = collate(blocks[step * BATCH : (step + 1) * BATCH])
+            batch = collate(blocks[step * batch_size : (step + 1) * batch_size])
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 loss = loop_step(**{k: v.to(device) for k, v in batch.items()}).loss
             loss.backward()
@@ -92,7 +95,7 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
 
     def ours() -> float:
         fresh_state()
-        given = {"per_device_train_batch_size": BATCH, "max_steps": count, "save_strategy": "no"}
+        given = {"per_device_train_batch_size": batch_size, "max_steps": count, "save_strategy": "no"}
         chosen = {key: value for key, (value, _) in training_defaults(folder / "ours", given).items()}
         run = quiet_run(folder)
         run.figures["flops_per_token"] = per_token
@@ -102,7 +105,7 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
         fit(trainer, run)
         return speed("ours", clock.seconds[WARM_UP:])
 
-    per_token = flops_per_token(our_model, LENGTH)
+    per_token = flops_per_token(our_model, length)
     contestants = {
         TRAINER: defaults, loop_name: minimal_loop, "ours": ours,
     }  # fmt: skip
@@ -111,8 +114,8 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
         speeds = interleave(contestants, rounds)
     peak = machine.peak_flops("bfloat16" if bf16 else "float32")
     return result(
-        "llama", f"pretraining, {count_parameters(our_model) / 1e6:.1f}M llama, batch {BATCH} x {LENGTH}", "tokens/s", speeds, True,
-        parameters=count_parameters(our_model), batch=[BATCH, LENGTH], steps=steps,
+        "llama", f"pretraining, {count_parameters(our_model) / 1e6:.1f}M llama, batch {batch_size} x {length}", "tokens/s", speeds, True,
+        parameters=count_parameters(our_model), batch=[batch_size, length], steps=steps,
         mfu={name: round(statistics.median(of) * per_token / peak, 4) for name, of in speeds.items()},
         peak_tflops=round(peak / 1e12, 3), step_seconds=step_seconds, bf16=bf16, compiled=compiles,
     )  # fmt: skip

@@ -198,7 +198,9 @@ def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any =
         rewards=torch.zeros(4),
     )
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    model: Any = SimpleNamespace(config=SimpleNamespace(**scale)) if scale is not None else None
+    model: Any = torch.nn.Identity() if scale is not None else None
+    if scale is not None:
+        model.config = SimpleNamespace(**scale)
     models = ppo_rollout.Models(None, None, model, tokenizer, function)  # type: ignore[arg-type]
     args = TrainingArguments(output_dir="unused", per_device_train_batch_size=3, use_cpu=True)
     given = ppo.PPO(**{"reward_clip": 5.0, "missing_stop_penalty": 1.0, **knobs})  # type: ignore[arg-type]
@@ -431,7 +433,7 @@ def test_passes_over_minibatches_equal_a_slow_loop_over_tokens(tiny, judge, crit
     import copy
 
     clip, value_clip, beta, gamma, lam, rate = 0.05, 0.002, 0.3, 0.97, 0.9, 0.5
-    weight = {"separate": 0.7, "shared": 0.02}[critic]  # a step of the head's own is not to shoot over the return
+    weight = 0.02  # a step of the critic's is not to shoot over the return
     knobs = {"clip": clip, "value_clip": value_clip, "gamma": gamma, "lam": lam, "epochs": 2, "stop_kl": None}
     setup = Setup(tiny, judge, critic=critic, value_coefficient=weight, **knobs)
     setup.config.training.max_grad_norm = 0.0

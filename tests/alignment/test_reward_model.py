@@ -146,7 +146,7 @@ def test_answer_logprobs_are_those_of_each_answer_alone(scorer):
     batch, _, _ = shared(rows)
     table = scorer.get_input_embeddings().weight
     with torch.no_grad():
-        found = reward_model.answer_logprobs(states_of(scorer, batch), batch, table)
+        found = rlhf.answer_logprobs(scorer, states_of(scorer, batch), batch)
         assert found.shape == batch.mask.shape and found[batch.mask == 0].abs().sum() == 0
         expected = []
         for ids, start in (([5, 9, 8, 1], 2), ([5, 9, 7, 7, 7, 1], 2), ([6, 4, 1], 1)):
@@ -155,19 +155,22 @@ def test_answer_logprobs_are_those_of_each_answer_alone(scorer):
     torch.testing.assert_close(found[batch.mask.bool()], torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_the_probe_is_asked_for_the_likelihood_of_the_answer_so_far_and_moves_nothing_it_is_told(scorer):
+def test_a_score_adds_the_answers_log_likelihood_to_the_head_and_teaches_both(scorer, monkeypatch):
     rows, _, _ = shared([{"sequences": [[5, 9, 8, 1], [5, 7, 1]], "ranks": [0, 1], "start": 1}])
-    states = states_of(scorer, rows).detach().requires_grad_(True)
-    logprobs = torch.tensor([[[-1.0, -2.0, -30.0], [-0.5, -0.25, 0.0]]], requires_grad=True)
-    scorer.likelihood = torch.nn.Linear(states.shape[-1], 1)
-    torch.nn.init.zeros_(scorer.likelihood.weight)
-    torch.nn.init.zeros_(scorer.likelihood.bias)
-    loss = reward_model.likelihood_loss(scorer, states, logprobs, rows)
-    del scorer.likelihood
-    targets = torch.tensor([-1.0, -3.0, -10.0, -0.5, -0.75])  # sums, the third cut off
-    assert loss.item() == pytest.approx(torch.nn.functional.smooth_l1_loss(torch.zeros(5), targets).item())
-    loss.backward()
-    assert logprobs.grad is None and states.grad is not None
+    states = states_of(scorer, rows)
+    plain = rlhf.answer_scores(scorer, states, rows)  # [1, 2]
+    likely = rlhf.answer_logprobs(scorer, states, rows)  # [1, 2, 3]
+    monkeypatch.setattr(scorer.config, "reward_likelihood", 0.5, raising=False)
+    found = rlhf.answer_scores(scorer, states, rows)
+    torch.testing.assert_close(found, plain + 0.5 * likely.sum(dim=2))
+    assert torch.equal(rlhf.answer_scores(scorer, states, rows, likely), found)
+    so_far = rlhf.token_scores(scorer, states, rows)  # [1, 2, 3]
+    head = rlhf.score_head(scorer, states[0, rows.at[0, 1, 0]])
+    torch.testing.assert_close(so_far[0, 1, 0], head + 0.5 * likely[0, 1, 0])  # after the answer's first token
+    assert torch.equal(so_far[0, [0, 1], [2, 1]], found[0])
+    table = scorer.get_input_embeddings().weight.requires_grad_(True)
+    gradients = torch.autograd.grad(found[0, 0] - found[0, 1], [table, scorer.score.weight])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.slow
@@ -509,7 +512,7 @@ def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny):
     weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))
     expected = rlhf.ranking_loss(scores, ranks, group, 0.5, weights)
     expected = expected + 0.1 * rlhf.centering_loss(scores, ranks, group)
-    logprobs = reward_model.answer_logprobs(states_of(model, told), told, model.get_input_embeddings().weight)
+    logprobs = rlhf.answer_logprobs(model, states_of(model, told), told)
     language = -logprobs[[0, 1], 0][told.mask[[0, 1], 0].bool()].mean()  # of the best answers, which come first here
     expected = expected + 0.3 * language
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

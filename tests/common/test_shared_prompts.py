@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.common.errors import UserError
-from recipes.common.shared_prompts import at_columns, attention_mask, batches, last_column, share, take, visible
+from recipes.common.shared_prompts import at_columns, attention_mask, batches, share, take, visible
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 ANSWERS = [[[20, 21], [22, 23, 24]], [[25, 26, 27, 28]]]
@@ -22,7 +22,6 @@ def test_the_rows_of_a_small_example():
     real = rows.mask.bool()
     assert at_columns(rows.input_ids, rows.at)[real].tolist() == [20, 21, 22, 23, 24, 25, 26, 27, 28]
     assert at_columns(rows.input_ids, rows.before)[real].tolist() == [7, 20, 7, 22, 23, 9, 25, 26, 27]
-    assert last_column(rows).tolist() == [[4, 7], [6, 2]]  # where there is no answer, the prompt's last
 
 
 def test_some_of_the_prompts_lose_the_columns_that_only_others_need():

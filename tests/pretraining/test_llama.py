@@ -169,6 +169,38 @@ def test_two_processes_take_the_steps_of_one(
     assert bits[1] == pytest.approx(bits[0], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["fsdp", "zero2", "zero3"])
+def test_a_sharded_run_takes_the_steps_of_one_process_and_saves_the_whole_model(
+    run_in_process: Any, execute: Any, sources: Path, tokenizer: Any, tmp_path: Path, launch: str
+) -> None:
+    """Two processes that hold half of the weights each: the losses, the saved weights and the score of one with all."""
+    pytest.importorskip("deepspeed")
+    make_model(tokenizer).save_pretrained(tmp_path / "start")  # ZeRO-3 draws fresh weights in another order
+    tokenizer.save_pretrained(tmp_path / "start")
+    options = {"model__config": "null", "model__tokenizer": "null", "model__name": tmp_path / "start"}
+    options |= {"training__max_steps": 4, "llama__optimizer": "adamw"}
+    one = run_in_process(llama, tiny(sources, "--run.name", "one", **options), tmp_path)
+    assert one.code == 0, one.err
+    half = tiny(sources, "--run.name", "two", **options, training__per_device_train_batch_size=4)
+    line = [sys.executable, "tests/sharded_on_cpu.py", launch, "2", llama.__file__, *half]
+    done = execute([*line, "--run.root", str(tmp_path)], timeout=300, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+
+    folders = [one.folder, one.folder.with_name("two")]
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    weights = [load_file(f / "model" / "model.safetensors") for f in folders]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() < 1e-3 * weight.norm(), name
+    figures = [json.loads((f / "metrics.json").read_text()) for f in folders]
+    for name in ("bits_per_byte", "untrained_bits_per_byte"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-4), name
+    assert figures[1]["parameters"] == figures[0]["parameters"]
+    assert figures[1]["flops_per_token"] == figures[0]["flops_per_token"]
+
+
 def test_blocks_longer_than_the_positions_are_refused(refuses: Any, sources: Path) -> None:
     refuses(llama, tiny(sources, llama__block_length=65), "llama.block_length is 65, but the model has 64 positions")
 

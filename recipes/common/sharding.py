@@ -1,0 +1,65 @@
+"""A model whose weights no process holds whole: ZeRO stage 3 and FSDP cut each of them into pieces."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Trainer
+
+
+def sharded(trainer: Trainer) -> bool:
+    """Whether no process holds the whole model (ZeRO stage 3, FSDP)."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def whole_model(trainer: Trainer) -> Any:
+    """The trainer's model with all of its weights, on this process's device: itself, or a copy where it is in pieces.
+
+    Every process takes part, and gets one: what follows needs no word between them. For models that fit a device.
+    """
+    import torch
+
+    model: Any = trainer.model
+    if not sharded(trainer):
+        return model.to(trainer.args.device)
+    with torch.random.fork_rng(), loaded_whole():
+        whole = type(model)(copy.deepcopy(model.config))
+    pieces = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.data = gathered(pieces[name]).to(trainer.args.device, copy=True)
+    whole.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return whole.to(trainer.args.device)
+
+
+def gathered(parameter: Any) -> Tensor:
+    """A parameter's numbers, all of them, where it is; every process takes part."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.clone()
+    return parameter  # FSDP, before it starts
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Models loaded meanwhile are whole in each process, which ZeRO-3 would cut as they are read."""
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
