@@ -42,7 +42,10 @@ class Downstream:
     eval_rows: PositiveInt = 500  # held-out rows scored
 
 
-def load_rows(settings: Downstream, kind: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+Split = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # the training rows used, and the held-out ones
+
+
+def load_rows(settings: Downstream, kind: Any) -> Split:
     """The training rows used and the held-out ones, canonical rows of `kind` ("classification" or "pair")."""
     from recipes.common.data import load_data
     from recipes.common.sections import Data
@@ -57,6 +60,13 @@ def load_rows(settings: Downstream, kind: Any) -> tuple[list[dict[str, Any]], li
     data = load_data(source, kind)
     rows, held_out = data["train"].to_list(), data["validation"].to_list()
     return rows if each is None else first_of_each_class(rows, each), held_out
+
+
+def load_classes(settings: Downstream) -> Split:
+    """`load_rows` of labelled rows. UserError as by `class_names`: before the pretraining, not after it."""
+    rows, held_out = load_rows(settings, "classification")
+    class_names(rows, held_out)
+    return rows, held_out
 
 
 def first_of_each_class(rows: list[dict[str, Any]], each: int) -> list[dict[str, Any]]:
@@ -225,6 +235,7 @@ def two_starts(model: Any, seed: int) -> tuple[Any, Any]:
 
 def compare_classifiers(
     starts: tuple[Any, Any],
+    split: Split,
     classifier: Callable[[Any, list[str]], nn.Module],
     inputs: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
     settings: Downstream,
@@ -238,7 +249,7 @@ def compare_classifiers(
     """
     import torch
 
-    rows, held_out = load_rows(settings, "classification")
+    rows, held_out = split
     names = class_names(rows, held_out)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

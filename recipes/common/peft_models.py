@@ -56,6 +56,8 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
     from peft import PeftType, get_peft_model
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if getattr(settings, "trainable_token_indices", None) in ([], {}):
+        raise UserError("lora.trainable_token_indices: it names no token: give some ids, or leave it out")
     try:
         return get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...

@@ -37,6 +37,14 @@ def run_recipe(
     with _terminated_as_interrupted():
         code = _guarded(main, config_class, sys.argv[1:] if argv is None else argv)
     if argv is None:
+        torch_distributed = sys.modules.get("torch.distributed")
+        if (
+            code != 130
+            and torch_distributed
+            and torch_distributed.is_available()
+            and torch_distributed.is_initialized()
+        ):
+            torch_distributed.destroy_process_group()  # torch warns of one that is left
         try:
             sys.stdout.flush()
         except BrokenPipeError:  # the reader, `| head` say, has seen enough
@@ -72,8 +80,11 @@ def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list
     try:
         _run(main, config_class, launcher_arguments(argv))
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # rank 0 most often has the same to say: its launcher stops the others before they repeat it
+        if os.environ.get("RANK", "0") != "0":  # rank 0 most often has the same to say
+            try:
+                time.sleep(2)
+            except KeyboardInterrupt:  # its launcher stops the others before they repeat it
+                return 2
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2

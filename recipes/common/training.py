@@ -69,6 +69,8 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
         )
     if given.get("use_cpu") is False and not machine.has_gpu():
         problems.append("training.use_cpu: false, but torch sees no GPU; leave it out")
+    if given.get("activation_offloading") and not machine.has_gpu():
+        problems.append("training.activation_offloading: true, but there is no GPU to take them from; leave it out")
     if problems:
         raise UserError(problems)
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
 from recipes.common.config import Section
-from recipes.common.downstream import Downstream
+from recipes.common.downstream import Downstream, Split
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
@@ -85,7 +85,7 @@ class Config:
 
 
 def compare_classification(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
 ) -> dict[str, float]:
     """Accuracy on held-out rows, from both starts."""
     from transformers import BartForSequenceClassification
@@ -110,7 +110,7 @@ def compare_classification(
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     starts = two_starts(model, training.seed)
-    return compare_classifiers(starts, classifier, inputs, settings, training, run, "classification")
+    return compare_classifiers(starts, split, classifier, inputs, settings, training, run, "classification")
 
 
 def encoded(rows: list[dict[str, Any]], tokenizer: Any, marks: Marks, length: int, back: bool = False) -> list[Pair]:
@@ -141,13 +141,15 @@ def writing_score(config: Config, run: RunFolder, tokenizer: Any, name: str, pai
     )
 
 
-def compare_generation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
+def compare_generation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
+) -> dict[str, float]:
     """The targets' loss and the written targets' words, from both starts."""
-    from recipes.common.downstream import compare_starts, load_rows, two_starts
+    from recipes.common.downstream import compare_starts, two_starts
     from recipes.common.text_to_text import batch_of
 
     settings = config.generation
-    rows, test = (encoded(some, tokenizer, marks, settings.max_length) for some in load_rows(settings, "pair"))
+    rows, test = (encoded(some, tokenizer, marks, settings.max_length) for some in split)
     score = writing_score(config, run, tokenizer, "generation", test)
     pretrained, fresh = two_starts(model, config.training.seed)
     return compare_starts(
@@ -192,11 +194,13 @@ def learn_first_stage_only(model: Any) -> int:
     return count_parameters(model, trainable_only=True)
 
 
-def compare_translation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
+def compare_translation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
+) -> dict[str, float]:
     """Translation in two stages, from both starts, with the same new source encoder."""
     import torch
 
-    from recipes.common.downstream import fine_tune, load_rows, two_starts
+    from recipes.common.downstream import fine_tune, two_starts
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.text_to_text import batch_of
 
@@ -205,10 +209,7 @@ def compare_translation(config: Config, run: RunFolder, tokenizer: Any, marks: M
         (lambda model: muon_with_adamw(model, training, bart.muon_learning_rate))
         if bart.translation_optimizer == "muon" else None
     )  # fmt: skip
-    rows, test = (
-        encoded(some, tokenizer, marks, settings.max_length, bart.translate_back)
-        for some in load_rows(settings, "pair")
-    )
+    rows, test = (encoded(some, tokenizer, marks, settings.max_length, bart.translate_back) for some in split)
     score = writing_score(config, run, tokenizer, "translation", test)
     figures: dict[str, float] = {}
     for prefix, start in zip(("", "baseline_"), two_starts(model, training.seed), strict=True):
@@ -273,6 +274,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     from recipes.common.data import load_data
     from recipes.common.denoising import KINDS, add_marks, corrupt
+    from recipes.common.downstream import load_classes, load_rows
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
@@ -289,6 +291,12 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )  # fmt: skip
     check(config, model)
 
+    splits = {
+        task: load_classes(config.classification)
+        if task == "classification"
+        else load_rows(getattr(config, task), "pair")
+        for task in bart.tasks
+    }
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, bart.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, bart.block_length)]
@@ -334,7 +342,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         "classification": compare_classification, "generation": compare_generation, "translation": compare_translation,
     }  # fmt: skip
     for task in bart.tasks:
-        figures |= compare[task](config, run, tokenizer, marks, model)
+        figures |= compare[task](config, run, tokenizer, marks, model, splits[task])
     return figures
 
 

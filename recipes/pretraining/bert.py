@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section
-from recipes.common.downstream import Downstream
+from recipes.common.downstream import Downstream, Split
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
@@ -170,7 +170,13 @@ def fill(model: Any, tokenizer: Any, batch: dict[str, Tensor], rows: int = 6) ->
 
 
 def compare(
-    name: str, settings: Downstream, model: Any, tokenizer: Any, args: transformers.TrainingArguments, run: RunFolder
+    name: str,
+    split: Split,
+    settings: Downstream,
+    model: Any,
+    tokenizer: Any,
+    args: transformers.TrainingArguments,
+    run: RunFolder,
 ) -> dict[str, float]:
     """Classify one text or two from few labels: accuracy on held-out rows, pretrained and from random weights."""
     from transformers import BertForSequenceClassification
@@ -192,7 +198,7 @@ def compare(
         )  # fmt: skip
         return dict(batch)
 
-    return compare_classifiers(two_starts(model, args.seed), classifier, inputs, settings, args, run, name)
+    return compare_classifiers(two_starts(model, args.seed), split, classifier, inputs, settings, args, run, name)
 
 
 def check(config: Config, model: Any) -> None:
@@ -231,6 +237,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from transformers import AutoModelForPreTraining, Trainer
 
     from recipes.common.data import load_data
+    from recipes.common.downstream import load_classes
     from recipes.common.draws import generator, numbered
     from recipes.common.held_out import unigram_loss
     from recipes.common.masked_language import add_marks, sample
@@ -249,6 +256,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     predict_hidden(model)
     plain = np.array(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))  # what a random token may be
 
+    settings = {"classification": config.classification, "pairs": config.pairs}
+    splits = {task: load_classes(settings[task]) for task in bert.tasks}
     data = load_data(config.data, "text")
     blocks, held_out = (
         blocks_of(join_documents(data[side], bert.joined, training.seed), tokenizer, bert.row_length - 3, side)
@@ -304,9 +313,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     figures = {f"eval_{name}": value for name, value in after.items()}
     figures |= {"unigram_loss": unigram, "untrained_loss": before["loss"]}
-    settings = {"classification": config.classification, "pairs": config.pairs}
     for task in bert.tasks:
-        figures |= compare(task, settings[task], model, tokenizer, training, run)
+        figures |= compare(task, splits[task], settings[task], model, tokenizer, training, run)
     return figures
 
 

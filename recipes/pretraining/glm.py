@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
 from recipes.common.config import Section
-from recipes.common.downstream import Downstream
+from recipes.common.downstream import Downstream, Split
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
@@ -149,7 +149,7 @@ def cloze_classifier(model: BlankInfillingModel, verbalizer: list[int]) -> torch
 
 
 def compare_classification(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
 ) -> dict[str, float]:
     """Accuracy of the cloze classifier on held-out rows, from both starts."""
     from recipes.common.blank_infilling import batch_of
@@ -165,16 +165,18 @@ def compare_classification(
         return batch_of(cloze_samples(texts, tokenizer, marks, config.glm.cloze, settings.max_length), marks.pad)
 
     starts = two_starts(model, training.seed)
-    return compare_classifiers(starts, classifier, inputs, settings, training, run, "classification")
+    return compare_classifiers(starts, split, classifier, inputs, settings, training, run, "classification")
 
 
-def compare_generation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
+def compare_generation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
+) -> dict[str, float]:
     """Loss of the held-out answers, and the words that written answers share with them, from both starts."""
     from recipes.common.blank_infilling import answer_batch, write
-    from recipes.common.downstream import compare_starts, load_rows, two_starts, written_score
+    from recipes.common.downstream import compare_starts, two_starts, written_score
 
     settings, training, glm = config.generation, config.training, config.glm
-    rows, test = load_rows(settings, "pair")
+    rows, test = split
     shown = test[: glm.written]
     room = settings.max_length - glm.longest_answer - 2
     asked = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
@@ -240,6 +242,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common import modeling_blank_infilling  # registers the model's type
     from recipes.common.blank_infilling import OBJECTIVES, Corrupter, add_marks, batch_of, sentence_marks
     from recipes.common.data import load_data
+    from recipes.common.downstream import class_names, load_classes, load_rows
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
@@ -252,9 +255,11 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     model: Any = load_model(config.model, tokenizer, run)
     check(config, model)
 
+    labelled, pairs = load_classes(config.classification), load_rows(config.generation, "pair")
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, glm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, glm.block_length)]
+    label_tokens(class_names(*labelled), tokenizer)  # refuses classes that no token can stand for
     corrupt = Corrupter(marks, sentence_marks(tokenizer), glm.mix, glm.mask_rate, glm.mean_span, glm.shortest_document)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -281,8 +286,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     for objective in OBJECTIVES:
         figures[f"eval_loss_{objective}"] = mean_loss(model, held_out_batches(objective, 200), training)
 
-    figures |= compare_classification(config, run, tokenizer, marks, model)
-    figures |= compare_generation(config, run, tokenizer, marks, model)
+    figures |= compare_classification(config, run, tokenizer, marks, model, labelled)
+    figures |= compare_generation(config, run, tokenizer, marks, model, pairs)
     sample = corrupt(held_out[0], generator(0, 0), "token")
     shown = (tokenizer.decode(held_out[0]), tokenizer.decode(sample.tokens))
     run.sample("corrupted.txt", "{}\n\n--- Part A, then Part B\n{}".format(*shown))

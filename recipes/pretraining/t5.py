@@ -107,6 +107,7 @@ class Config:
 # --------------------------------------------------------------------------------------------- the tasks, as text
 
 Texts = list[tuple[str, str]]  # source and target
+TASKS = ("translation", "classification", "similarity", "summary")  # sections of the config
 
 
 def task_texts(name: str, task: Task, eval_rows: int) -> tuple[Texts, Texts]:
@@ -148,18 +149,15 @@ def score_task(name: str, written: list[str], wanted: list[str]) -> float:
     return sum(a == b.strip() for a, b in zip(written, wanted, strict=True)) / len(wanted)
 
 
-def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: Any, fresh: Any) -> dict[str, float]:
+def compare_tasks(
+    config: Config, run: RunFolder, tokenizer: Any, texts: dict[str, tuple[Texts, Texts]], pretrained: Any, fresh: Any
+) -> dict[str, float]:
     """Fine-tune both starts on the one mixture, and let them write the answers of held-out rows of each task."""
     from recipes.common.downstream import compare_starts
     from recipes.common.draws import generator
     from recipes.common.text_to_text import batch_of, bleu, encode_pairs, mixture, write
 
     tuning, training = config.finetuning, config.training
-    every = {
-        "translation": config.translation, "classification": config.classification,
-        "similarity": config.similarity, "summary": config.summary,
-    }  # fmt: skip
-    texts = {name: task_texts(name, task, tuning.eval_rows) for name, task in every.items() if task.rows}
 
     def encode(rows: Texts) -> list[Pair]:
         return encode_pairs(tokenizer, [a for a, _ in rows], [b for _, b in rows], tuning.max_length)
@@ -175,7 +173,7 @@ def compare_tasks(config: Config, run: RunFolder, tokenizer: Any, pretrained: An
             written = write(model, encode(test), tokenizer, tuning.longest_answer, training.bf16, beams=tuning.beams)
             wanted = [target for _, target in test]
             figures[name] = score_task(name, written, wanted)
-            if how := every[name].bleu:
+            if how := getattr(config, name).bleu:
                 figures[f"{name}_bleu"], said = bleu(written, wanted, how)
                 run.say(f"  {name}, {start}: {said}")
                 shown.append(said)
@@ -245,10 +243,9 @@ def check(config: Config, model: Any) -> None:
                 f"t5.sentinels: {t5.sentinels} cannot mark the {spans.spans} spans of a text: set it to {spans.spans} at "
                 "least, or raise t5.mean_span"
             )
-    tasks = ("translation", "classification", "similarity", "summary")
     problems += [
         f"{name}.data: no data for its {getattr(config, name).rows} rows: name some, or set {name}.rows: 0"
-        for name in tasks
+        for name in TASKS
         if getattr(config, name).rows and not getattr(config, name).data
     ]
     if problems:
@@ -279,6 +276,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )
     check(config, model)
 
+    sections = {name: getattr(config, name) for name in TASKS}
+    texts = {name: task_texts(name, task, config.finetuning.eval_rows) for name, task in sections.items() if task.rows}
     text_length = longest_text(t5.input_length, t5.corruption_rate, t5.mean_span)
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, text_length)
@@ -319,7 +318,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )
     run.sample("spans.txt", show_spans(model, tokenizer, scored[0], 8))
 
-    return figures | compare_tasks(config, run, tokenizer, *two_starts(model, training.seed))
+    return figures | compare_tasks(config, run, tokenizer, texts, *two_starts(model, training.seed))
 
 
 def show_spans(model: Any, tokenizer: Any, batch: dict[str, Tensor], rows: int) -> str:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
 from recipes.common.config import Section
-from recipes.common.downstream import Downstream
+from recipes.common.downstream import Downstream, Split
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
@@ -116,7 +116,7 @@ def classifier(model: Any, names: list[str]) -> torch.nn.Module:
 
 
 def compare_classification(
-    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
 ) -> dict[str, float]:
     """Accuracy of the classifier on held-out rows, from both starts."""
     from recipes.common.downstream import compare_classifiers, two_starts
@@ -135,17 +135,19 @@ def compare_classification(
         return batch_of(samples, marks)
 
     starts = two_starts(model, training.seed)
-    return compare_classifiers(starts, classifier, inputs, settings, training, run, "classification")
+    return compare_classifiers(starts, split, classifier, inputs, settings, training, run, "classification")
 
 
-def compare_generation(config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any) -> dict[str, float]:
+def compare_generation(
+    config: Config, run: RunFolder, tokenizer: Any, marks: Marks, model: Any, split: Split
+) -> dict[str, float]:
     """Loss of the masked tokens of held-out targets, and the words that written ones share with them, from both starts."""
-    from recipes.common.downstream import compare_starts, load_rows, two_starts, written_score
+    from recipes.common.downstream import compare_starts, two_starts, written_score
     from recipes.common.draws import generator
     from recipes.common.prefix_masks import answer_sample, batch_of, train_on_cloze, write
 
     settings, training, unilm = config.generation, config.training, config.unilm
-    rows, test = load_rows(settings, "pair")
+    rows, test = split
     shown = test[: unilm.written]
     room = settings.max_length - unilm.longest_answer - 3
     asked = [ids[:room] for ids in encode_plain(tokenizer, [row["source"] for row in shown])]
@@ -233,6 +235,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     from recipes.common import prefix_masks
     from recipes.common.data import load_data
+    from recipes.common.downstream import load_classes, load_rows
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.held_out import mean_loss
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
@@ -254,6 +257,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     check(config, model)
     train_on_cloze(model)
 
+    labelled, pairs = load_classes(config.classification), load_rows(config.generation, "pair")
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, unilm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
@@ -298,8 +302,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     run.save_code(prefix_masks)
     run.card(CARD)
 
-    figures |= compare_classification(config, run, tokenizer, marks, model)
-    figures |= compare_generation(config, run, tokenizer, marks, model)
+    figures |= compare_classification(config, run, tokenizer, marks, model, labelled)
+    figures |= compare_generation(config, run, tokenizer, marks, model, pairs)
     return figures
 
 

@@ -336,6 +336,7 @@ def test_what_the_frame_fills_in_says_where_it_is_from(monkeypatch: pytest.Monke
         ({"fp16": True}, "training.fp16: true needs a GPU"),
         ({"torch_compile": True}, "training.torch_compile: true, but no compiler; leave it out"),
         ({"use_cpu": False}, "training.use_cpu: false, but torch sees no GPU"),
+        ({"activation_offloading": True}, "training.activation_offloading: true, but there is no GPU"),
     ],
 )
 def test_what_this_machine_cannot_do_is_refused(

@@ -185,6 +185,7 @@ BAD: dict[str, tuple[Changes, str]] = {
     "a target that is not there": ({"lora.target_modules": "[q_proj, qv_proj]"}, "is called qv_proj"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "lora adapts a pretrained model"),
     "a rank of 0": ({"lora.r": 0}, "lora.r"),
+    "no tokens to learn": ({"lora.trainable_token_indices": "[]"}, "lora.trainable_token_indices: it names no token"),
 }
 
 

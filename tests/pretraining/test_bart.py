@@ -162,6 +162,7 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"bart__rate": 0.0}, "rate"),
         ({"bart__rate": 1.0}, "rate"),
         ({"bart__mean_span": 0}, "mean_span"),
+        ({"translation__validation_split": "dev"}, "dev"),  # what comes after the pretraining is read before it
         ({"bart__corruptions": "[token_masking, shuffling]"}, "shuffling"),
         ({"bart__corruptions": "[]"}, "bart.corruptions"),
         ({"bart__block_length": 47}, "bart.block_length"),

@@ -104,6 +104,7 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"bert__mask_rate": 0.0}, "mask_rate"),
         ({"bert__mask_rate": 1.0}, "mask_rate"),
         ({"bert__row_length": 49}, "bert.row_length"),
+        ({"pairs__data": "nowhere.jsonl"}, "nowhere.jsonl"),  # what comes after the pretraining is read before it
         ({"bert__row_length": 10}, "bert.row_length"),
         ({"pairs__max_length": 49}, "pairs.max_length"),
         ({"data__streaming": "true"}, "data.streaming"),

@@ -123,6 +123,10 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
     [
         ({"glm__mix": '{"token": 0.5, "paragraph": 0.5}'}, "glm.mix"),
         ({"glm__block_length": 63}, "glm.block_length"),
+        (
+            {"classification__data": "nowhere.jsonl"},
+            "nowhere.jsonl",
+        ),  # what comes after the pretraining is read before it
         ({"classification__max_length": 65}, "classification.max_length"),
         ({"glm__cloze": "import"}, "glm.cloze"),
         ({"glm__longest_answer": 25}, "glm.longest_answer"),

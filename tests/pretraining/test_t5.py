@@ -133,6 +133,7 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"t5__corruption_rate": 0.0}, "corruption_rate"),
         ({"t5__corruption_rate": 1.0}, "corruption_rate"),
         ({"t5__mean_span": 0}, "mean_span"),
+        ({"translation__validation_split": "dev"}, "dev"),  # what comes after the pretraining is read before it
         ({"t5__input_length": 7}, "t5.input_length"),
         ({"t5__sentinels": 1}, "t5.sentinels"),
         ({"t5__input_length": 100_000}, "t5.sentinels"),

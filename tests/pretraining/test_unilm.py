@@ -119,6 +119,7 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"unilm__mask_rate": 0.0}, "mask_rate"),
         ({"unilm__mask_rate": 1.0}, "mask_rate"),
         ({"unilm__block_length": 46}, "unilm.block_length"),
+        ({"generation__data": "nowhere.jsonl"}, "nowhere.jsonl"),  # what comes after the pretraining is read before it
         ({"generation__max_length": 49}, "generation.max_length"),
         ({"training__per_device_train_batch_size": 1}, "per_device_train_batch_size"),
         ({"unilm__longest_answer": 21}, "longest_answer"),
