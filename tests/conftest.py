@@ -27,6 +27,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Nothing here may need a network; without these a hub id that does not exist costs 20 seconds of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# On a machine with a GPU too: the recipes under test are then as fast, as precise and as lucky everywhere.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # What whoever starts the tests may have around them must not reach the recipes under test.
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RECIPES_WORLD_SIZE", "ACCELERATE_USE_CPU"):
     os.environ.pop(_name, None)

@@ -7,10 +7,11 @@ forward an answer serves its K - 1 pairs, pairs of one prompt do not overfit as 
 is read once for all of them (recipes/common/shared_prompts.py). Plain pairs are K = 2. The score is read at the answer's
 last token, which is the stop token.
 
-A small model loses what it knows about answers while it is bent to score them. Four things keep it: its lowest layers
-can stay frozen, fresh layers can be put on top of its own, it can go on predicting the best answers' tokens (GRM), and a
-probe, thrown away afterwards, can ask at every token how likely the answer is so far. The likelihood is what a language
-model knows about an answer, and no hidden state holds it: the fresh layers learn to compare what was expected with what came.
+A small model loses what it knows about answers while it is bent to score them. Three things keep it: its lowest layers can
+stay frozen, fresh layers can be put on top of its own, and it can go on predicting the best answers' tokens (GRM). What a
+language model knows about an answer is how likely it is, which no hidden state holds, so the score can have it beside the head:
+
+    r(x, y) = head(h_last) + lambda log p(y | x)       lambda = reward.likelihood_coefficient, p by the tied word embeddings
 
 Three more, all off by default, are about what the scores are to look like:
 
@@ -194,15 +195,16 @@ def collate(rows: list[dict[str, Any]], fill: int) -> dict[str, torch.Tensor]:
 def grow(model: PreTrainedModel, layers: int) -> None:
     """Put fresh layers on top of the model's own, initialised as the library does it.
 
-    A language model's last hidden state before a token says which token it expects. Whether the one that came is the
-    expected one is another question, which no layer of it was trained to ask: fresh layers on top learn that soonest.
-    Raises UserError for a model that is not a stack of `layers`.
+    Of frozen layers they are what learns about answers. Raises UserError for a model that is not a stack of `layers`, or whose
+    layers no process holds whole.
     """
     import copy
 
     own = getattr(model.base_model, "layers", None)
     if layers and (own is None or not hasattr(getattr(own[-1], "self_attn", None), "layer_idx")):
         raise UserError(f"reward.new_layers: {type(model).__name__} is no stack of `layers` like LLaMA's: use 0")
+    if layers and hasattr(next(own.parameters()), "ds_id"):
+        raise UserError("reward.new_layers: ZeRO-3 has cut the model's own layers already: use 0, or launch with zero2")
     for _ in range(layers):
         fresh = copy.deepcopy(own[-1]).requires_grad_(True)  # it may be a frozen one's copy
         fresh.self_attn.layer_idx = len(own)
