@@ -325,7 +325,7 @@ def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Non
                 f"{path} already holds {'a finished' if done else 'an unfinished'} run: choose another --run.name, "
                 "--run.resume true to go on with it, or --run.overwrite true to delete it"
             )
-    elif resume:
+    elif resume and int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:  # a job put back may not have got this far
         raise UserError(
             f"nothing to resume: {path} does not exist or is empty; leave out --run.resume, or check --run.name"
         )

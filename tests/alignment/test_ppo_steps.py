@@ -635,20 +635,21 @@ def test_while_the_critic_warms_up_nothing_moves_the_policy(tiny, judge):
 # ---------------------------------------------------------------- a LoRA policy
 
 
-def lora() -> Any:
+def lora(saved: list[str] | None = None) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], modules_to_save=saved)
 
 
-def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter(tiny, judge):
-    setup = Setup(tiny, judge, lora=lora())
+@pytest.mark.parametrize("saved", [None, ["model.norm"]])
+def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter(tiny, judge, saved):
+    setup = Setup(tiny, judge, lora=lora(saved))
     rollout = setup.collect()
     assert torch.equal(rollout.logprobs, rollout.reference)  # a fresh adapter changes nothing
     torch.manual_seed(0)
     for name, p in setup.policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.3)
+        if "lora_B" in name or "modules_to_save" in name:
+            p.data += 0.3 * torch.randn_like(p)
     moved, full = setup.collect(), Setup(tiny, judge).reference
     mask = moved.mask.bool()
     logits = policy_figures.response_logits(

@@ -219,6 +219,12 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_job_that_was_put_back_before_it_had_a_folder_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = opened(tmp_path / "none", resume=True)
+    assert run.resume_from is None and (tmp_path / "none" / "config.yaml").exists()
+
+
 def test_resume_under_another_config_names_the_first_difference(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
     with pytest.raises(UserError, match=r"`max_steps: 5` \(was `max_steps: 3`\)"):
