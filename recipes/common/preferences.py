@@ -181,11 +181,18 @@ def draw(scores: Scores, held_out: Any, run: RunFolder) -> None:
     differences, gaps, _ = pairs_of(scores, held_out)
 
     def histogram(axes: Any) -> None:
-        edges = np.linspace(min(best + rest), max(best + rest), 41)
+        high, low = max(best + rest), min(best + rest)
+        shown = max(low, high - 3 * (high - np.quantile(best, 0.01)))  # a wild answer's likelihood is far below
+        edges = np.linspace(shown, high, 41)
         axes.hist(
-            [best, rest], edges, label=["best ranked", "the others"], histtype="stepfilled", alpha=0.55, density=True
+            [np.clip(best, shown, None), np.clip(rest, shown, None)],
+            edges,
+            label=["best ranked", "the others"],
+            histtype="stepfilled",
+            alpha=0.55,
+            density=True,
         )
-        axes.set_xlabel("score of held-out answers")
+        axes.set_xlabel("score of held-out answers" + ("" if shown == low else " (first bar: this low, and lower)"))
         axes.set_ylabel("density")
         axes.legend(frameon=False)
 
