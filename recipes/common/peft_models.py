@@ -56,12 +56,13 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
     from peft import PeftType, get_peft_model
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    section = PeftType(settings.peft_type).lower()
     if getattr(settings, "trainable_token_indices", None) in ([], {}):
-        raise UserError("lora.trainable_token_indices: it names no token: give some ids, or leave it out")
+        raise UserError(f"{section}.trainable_token_indices: it names no token: give some ids, or leave it out")
     try:
         return get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...
-        raise UserError(f"{PeftType(settings.peft_type).lower()}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, float]:
