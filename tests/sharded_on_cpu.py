@@ -58,6 +58,12 @@ def work(script: str, arguments: list[str]) -> None:
         }
 
     training.training_defaults = with_gpus
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # Not its own all-reduce in shared memory: it is compiled at the first use, and a process that was killed meanwhile
+        # leaves a lock on which every later one waits for ever.
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
