@@ -8,6 +8,7 @@ back, which is most of a small model's peak, so there one micro-batch goes forwa
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -174,12 +175,19 @@ def memory_here(
     merged = sum(4 * numbers_of(p) for p in model.parameters() if hasattr(p, "quant_state"))  # de-quantised, in the end
     if trial is not None:
         trial()
+        give_back_freed_memory()
         held = process.memory_info().rss + moments
         reached = machine.peak_memory_gib() * machine.GIB + moments
     else:
         held = process.memory_info().rss + unread_bytes(model) + moments
         reached = held - moments - weight_bytes(model) + alone * machine.GIB
     return max(machine.peak_memory_gib(), max(reached, held + stepping, held + merged) / machine.GIB)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return to the system what was freed: it keeps it, as resident, for the next who asks (glibc)."""
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def unread_bytes(model: Any) -> int:
