@@ -175,13 +175,14 @@ def memory_here(
     merged = sum(4 * numbers_of(p) for p in model.parameters() if hasattr(p, "quant_state"))  # de-quantised, in the end
     if trial is not None:
         trial()
-        give_back_freed_memory()
+        kept = process.memory_info().rss + moments  # with what the C library keeps of what was freed
+        give_back_freed_memory()  # a step's passing values take its place; merged weights, larger and there to stay, do not
         held = process.memory_info().rss + moments
         reached = machine.peak_memory_gib() * machine.GIB + moments
     else:
-        held = process.memory_info().rss + unread_bytes(model) + moments
+        kept = held = process.memory_info().rss + unread_bytes(model) + moments
         reached = held - moments - weight_bytes(model) + alone * machine.GIB
-    return max(machine.peak_memory_gib(), max(reached, held + stepping, held + merged) / machine.GIB)
+    return max(machine.peak_memory_gib(), max(reached, held + stepping, kept + merged) / machine.GIB)
 
 
 def give_back_freed_memory() -> None:
@@ -209,6 +210,7 @@ def try_step(trainer: Trainer, batch: dict[str, Any], answers: Callable[[], Any]
     """
     if answers is not None:
         answers()
+        give_back_freed_memory()  # what it left behind would be taken by some of the step's values, or by none: luck
     model: Any = trainer.model
     if trainer.args.gradient_checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
