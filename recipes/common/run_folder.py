@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -207,7 +207,7 @@ class RunFolder:
         ours = set() if self.dry else {"config.yaml"}  # a dry run writes none: it belongs to a run that is starting
         if {entry.name for entry in self.path.iterdir()} <= ours:
             shutil.rmtree(self.path)
-            if not any(self.path.parent.iterdir()):
+            with suppress(OSError):  # it holds other runs, or one that ended beside this one has removed it
                 self.path.parent.rmdir()
 
     def card(self, text: str) -> None:

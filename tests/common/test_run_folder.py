@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,16 @@ def test_checkpoints_of_other_names_are_none(tmp_path: Path) -> None:
 def test_a_folder_in_which_nothing_ran_goes_again(tmp_path: Path) -> None:
     run = opened(tmp_path / "recipe" / "run")
     run.checkpoints.mkdir()
+    run.leave_if_unused()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_that_leave_at_once_are_not_in_each_other_s_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tmp_path / "recipe" / "run")
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: (remove(folder), folder.parent.rmdir()))
     run.leave_if_unused()
     assert list(tmp_path.iterdir()) == []
 
