@@ -1,6 +1,6 @@
 """Collect the figures of the finished runs and put them into README.md, README.zh-CN.md and RESULTS.md.
 
-    make results                # collect runs/<recipe>/default of this machine
+    make results                # collect runs/<recipe>/default of this machine, and .../real (CONFIG=real)
     make results ARGS=--render  # only write the tables again from benchmarks/*.json
 
 The figures live in benchmarks/recipes.json, with the machine that they were measured on; the tables are made from it.
@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,41 @@ for _name in (
 for _name in ("ppo", "dpo", "grpo"):
     HEADLINES[_name] = [SAMPLED, ("exact_match", "greedy", "贪心", "baseline_exact_match")]
 
+# The same of the runs on real data (`make <recipe> CONFIG=real`).
+REAL: dict[str, list[tuple[str, str, str, str | None]]] = {
+    "t5": [
+        (
+            "task_translation_bleu",
+            "BLEU, Multi30k English to German, test_2016",
+            "BLEU（Multi30k 英译德，test_2016）",
+            "baseline_task_translation_bleu",
+        )
+    ],
+    "bart": [
+        (
+            "translation_bleu",
+            "BLEU, Multi30k English to German, test_2016",
+            "BLEU（Multi30k 英译德，test_2016）",
+            "baseline_translation_bleu",
+        )
+    ],
+    "bert": [
+        (
+            "classification_accuracy",
+            "of CLINC150's test intents, 10 labels a class",
+            "CLINC150 测试意图正确（每类 10 个标注）",
+            "baseline_classification_accuracy",
+        )
+    ],
+    "gpt": [
+        (
+            "eval_loss_per_character",
+            "nats a character, tiny-shakespeare, held out",
+            "奈特/字符（tiny-shakespeare 留出部分）",
+            "unigram_loss_per_character",
+        )
+    ],
+}
 
 CHINESE = {  # what each recipe is, for the Chinese README; the English one has the first line of its docstring
     "tokenizer": "分词器：在同一份文本上用四种方法训练，在留出文本上比较，保存想要的那一个。",
@@ -133,10 +169,10 @@ CHINESE = {  # what each recipe is, for the Chinese README; the English one has 
 
 
 def collect(root: Path) -> dict[str, Any]:
-    """metrics.json and environment.json of every recipe's default run under `root`, by recipe."""
+    """metrics.json and environment.json of the finished runs under `root`: "t5" is t5's default run, "t5 real" the one on real data."""
     found = {}
-    for name in recipes():
-        folder = root / name / "default"
+    for recipe, run in product(recipes(), ("default", "real")):
+        name, folder = recipe if run == "default" else f"{recipe} {run}", root / recipe / run
         if (folder / "metrics.json").exists():
             environment = json.loads((folder / "environment.json").read_text())
             machine = {key: environment[key] for key in ("processor", "cores", "memory_gib", "gpu", "gpus", "commit")}
@@ -153,14 +189,28 @@ def table(stored: dict[str, Any], chinese: bool = False) -> str:
         if name not in stored:
             lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | | | |")
             continue
-        figures = stored[name]["figures"]
-        headlines = [h for h in HEADLINES.get(name, []) if h[0] in figures]
-        result = "; ".join(f"**{show(figures[key])}** {zh if chinese else en}" for key, en, zh, _ in headlines)
-        baseline = "; ".join(show(figures[base]) if base in figures else "" for *_, base in headlines)
-        lines.append(
-            f"| [{name}]({path.relative_to(ROOT)}) | {what} | {result} | {baseline} | {figures['wall_seconds']:.0f} s |"
-        )
+        cells = reached(stored[name]["figures"], HEADLINES.get(name, []), chinese)
+        lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | {cells} |")
     return "\n".join(lines)
+
+
+def real(stored: dict[str, Any], chinese: bool = False) -> str:
+    """A Markdown row a run on real data: what it reached, the baseline, how long it took."""
+    head = "| 命令 | 结果 | 基线 | 用时 |" if chinese else "| command | result | baseline | took |"
+    rows = [
+        f"| `make {name} CONFIG=real` | {reached(stored[f'{name} real']['figures'], REAL[name], chinese)} |"
+        for name in recipes()
+        if name in REAL and f"{name} real" in stored
+    ]
+    return "\n".join([head, "|---|---|---|---|", *rows])
+
+
+def reached(figures: dict[str, Any], headlines: list[tuple[str, str, str, str | None]], chinese: bool) -> str:
+    """Three cells of a row: the result, its baseline, the seconds."""
+    known = [h for h in headlines if h[0] in figures]
+    result = "; ".join(f"**{show(figures[key])}** {zh if chinese else en}" for key, en, zh, _ in known)
+    baseline = "; ".join(show(figures[base]) if base in figures else "" for *_, base in known)
+    return f"{result} | {baseline} | {figures['wall_seconds']:.0f} s"
 
 
 def details(stored: dict[str, Any]) -> str:
@@ -223,6 +273,8 @@ def main(argv: list[str]) -> int:
         write_atomically(STORE, json.dumps(stored, indent=2) + "\n")
     put(ROOT / "README.md", "results", table(stored))
     put(ROOT / "README.zh-CN.md", "results", table(stored, chinese=True))
+    put(ROOT / "README.md", "real", real(stored))
+    put(ROOT / "README.zh-CN.md", "real", real(stored, chinese=True))
     put(ROOT / "RESULTS.md", "details", details(stored))
     put(ROOT / "RESULTS.md", "bench", ratios(benchmarks(STORE.parent)))
     return 0

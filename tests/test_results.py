@@ -69,3 +69,17 @@ def test_put_replaces_between_marks_and_refuses_without(tmp_path: Path) -> None:
 
 def test_the_chinese_readme_says_in_chinese_what_every_recipe_is() -> None:
     assert results.CHINESE.keys() == results.recipes().keys()
+
+
+def test_runs_on_real_data_have_a_table_of_their_own(tmp_path: Path) -> None:
+    machine = dict.fromkeys(("processor", "cores", "memory_gib", "gpu", "gpus", "commit"))
+    for run, loss in (("default", 1.1), ("real", 2.2), ("mine", 3.3)):
+        folder = tmp_path / "t5" / run
+        folder.mkdir(parents=True)
+        figures = {"task_translation_bleu": loss, "eval_loss": loss, "wall_seconds": 9}
+        (folder / "metrics.json").write_text(json.dumps(figures))
+        (folder / "environment.json").write_text(json.dumps(machine))
+    stored = results.collect(tmp_path)
+    assert stored.keys() == {"t5", "t5 real"}
+    assert "**1.1**" in results.table(stored) and "2.2" not in results.table(stored)
+    assert "`make t5 CONFIG=real` | **2.2** BLEU" in results.real(stored) and "1.1" not in results.real(stored)

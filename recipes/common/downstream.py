@@ -8,6 +8,7 @@ Fair means that nothing differs but the start. So the two share the order of the
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def fine_tune(
     from transformers import get_linear_schedule_with_warmup, set_seed
 
     from recipes.common.fused_loss import smoothed_loss
-    from recipes.common.training import stop_at_nan
+    from recipes.common.training import duration, stop_at_nan
 
     set_seed(args.seed)
     device = args.device
@@ -156,8 +157,12 @@ def fine_tune(
     )
     scheduler = get_linear_schedule_with_warmup(optimizer, max(1, settings.steps // 10), settings.steps)
     batches = batches_of(rows, settings, torch.Generator().manual_seed(args.seed))
-    losses = []
+    losses: list[float] = []
+    started, every = time.perf_counter(), max(25, settings.steps // 10)
     for step, chosen in zip(range(settings.steps), batches, strict=False):
+        if step and step % every == 0:
+            left = (time.perf_counter() - started) / step * (settings.steps - step)
+            run.say(f"  fine-tuning step {step}/{settings.steps}  loss {losses[-1]:.4f}  left {duration(left)}")
         batch = {name: value.to(device) for name, value in collate([rows[i] for i in chosen]).items()}
         share = settings.label_smoothing
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):

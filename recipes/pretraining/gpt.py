@@ -223,12 +223,14 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     by_position = loss_by_position(model, held_out, training.bf16)
     run.plot("loss_by_position", lambda axes: draw_by_position(axes, by_position))
     counted = [row["input_ids"] for row in itertools.islice(blocks, 20_000)]
+    unigram = unigram_loss([torch.tensor(counted)], [torch.tensor(held_out)[:, 1:]], len(tokenizer))
     eighth = max(1, len(by_position) // 8)
     figures = {
         "eval_loss": by_position.mean(),
-        "unigram_loss": unigram_loss([torch.tensor(counted)], [torch.tensor(held_out)[:, 1:]], len(tokenizer)),
+        "unigram_loss": unigram,
         "untrained_loss": untrained.mean(),
         "eval_loss_per_character": by_position.mean() * tokens_per_character,
+        "unigram_loss_per_character": unigram * tokens_per_character,
         "loss_early_in_context": by_position[:eighth].mean(),  # what reading on buys: learning in context, no gradient
         "loss_late_in_context": by_position[-eighth:].mean(),
     }

@@ -101,6 +101,7 @@ def test_it_learns_and_what_it_saves_is_the_librarys(
     assert figures["untrained_loss"] == pytest.approx(math.log(vocabulary), rel=0.1)
     assert figures["eval_loss"] < figures["unigram_loss"] < figures["untrained_loss"]
     assert figures["eval_loss_per_character"] == pytest.approx(figures["eval_loss"], rel=0.05)  # a token is a byte here
+    assert figures["unigram_loss_per_character"] == pytest.approx(figures["unigram_loss"], rel=0.05)
     assert figures["loss_late_in_context"] < figures["loss_early_in_context"]
     assert {"one_accuracy", "baseline_one_accuracy", "one_most_common", "tokens_per_second"} <= figures.keys()
     assert "one_without_lm_accuracy" not in figures  # lambda is 0
@@ -290,7 +291,9 @@ def test_what_cannot_work_is_said_before_anything_runs(
 def test_rows_that_do_not_fit_their_task_are_said_before_the_training(
     run_in_process: Any, sources: Path, tmp_path: Path
 ) -> None:
+    classify = json.dumps({f"{sources}/one.jsonl": "classification"})
     for changes, says in (
+        ({"gpt__tasks": classify, "downstream__validation_split": "dev"}, "has no split 'dev'"),
         ({"gpt__tasks": json.dumps({f"{sources}/one.jsonl": "similarity"})}, "needs two texts"),
         ({"gpt__in_context": f"{sources}/one.jsonl", "downstream__labels": 1}, "one class alone"),
         ({"gpt__in_context": f"{sources}/one.jsonl", "gpt__shots": "[0, 33]"}, "33 examples of 32 rows"),
