@@ -103,23 +103,10 @@ for _name in ("ppo", "dpo", "grpo"):
     HEADLINES[_name] = [SAMPLED, ("exact_match", "greedy", "贪心", "baseline_exact_match")]
 
 # The same of the runs on real data (`make <recipe> CONFIG=real`).
+MULTI30K = ("BLEU, Multi30k English to German, test_2016", "BLEU（Multi30k 英译德，test_2016）")
 REAL: dict[str, list[tuple[str, str, str, str | None]]] = {
-    "t5": [
-        (
-            "task_translation_bleu",
-            "BLEU, Multi30k English to German, test_2016",
-            "BLEU（Multi30k 英译德，test_2016）",
-            "baseline_task_translation_bleu",
-        )
-    ],
-    "bart": [
-        (
-            "translation_bleu",
-            "BLEU, Multi30k English to German, test_2016",
-            "BLEU（Multi30k 英译德，test_2016）",
-            "baseline_translation_bleu",
-        )
-    ],
+    "t5": [("task_translation_bleu", *MULTI30K, "baseline_task_translation_bleu")],
+    "bart": [("translation_bleu", *MULTI30K, "baseline_translation_bleu")],
     "bert": [
         (
             "classification_accuracy",
@@ -189,23 +176,23 @@ def table(stored: dict[str, Any], chinese: bool = False) -> str:
         if name not in stored:
             lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | | | |")
             continue
-        cells = reached(stored[name]["figures"], HEADLINES.get(name, []), chinese)
+        cells = result_cells(stored[name]["figures"], HEADLINES.get(name, []), chinese)
         lines.append(f"| [{name}]({path.relative_to(ROOT)}) | {what} | {cells} |")
     return "\n".join(lines)
 
 
-def real(stored: dict[str, Any], chinese: bool = False) -> str:
+def real_table(stored: dict[str, Any], chinese: bool = False) -> str:
     """A Markdown row a run on real data: what it reached, the baseline, how long it took."""
     head = "| 命令 | 结果 | 基线 | 用时 |" if chinese else "| command | result | baseline | took |"
     rows = [
-        f"| `make {name} CONFIG=real` | {reached(stored[f'{name} real']['figures'], REAL[name], chinese)} |"
+        f"| `make {name} CONFIG=real` | {result_cells(stored[f'{name} real']['figures'], REAL[name], chinese)} |"
         for name in recipes()
         if name in REAL and f"{name} real" in stored
     ]
     return "\n".join([head, "|---|---|---|---|", *rows])
 
 
-def reached(figures: dict[str, Any], headlines: list[tuple[str, str, str, str | None]], chinese: bool) -> str:
+def result_cells(figures: dict[str, Any], headlines: list[tuple[str, str, str, str | None]], chinese: bool) -> str:
     """Three cells of a row: the result, its baseline, the seconds."""
     known = [h for h in headlines if h[0] in figures]
     result = "; ".join(f"**{show(figures[key])}** {zh if chinese else en}" for key, en, zh, _ in known)
@@ -218,7 +205,7 @@ def details(stored: dict[str, Any]) -> str:
     parts = []
     for name, entry in stored.items():
         machine = entry["machine"]
-        hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, GPU: {machine['gpu'] or 'none'}"
+        hardware = f"{machine['processor']}, {machine['cores']} core{'s' * (machine['cores'] != 1)}, {machine['memory_gib']} GiB, GPU: {machine['gpu'] or 'none'}"
         rows = "\n".join(f"| {key} | {show(value)} |" for key, value in entry["figures"].items())
         parts.append(
             f"### {name}\n\nMeasured on {hardware}; commit {machine['commit']}.\n\n| figure | value |\n|---|---|\n{rows}"
@@ -273,8 +260,8 @@ def main(argv: list[str]) -> int:
         write_atomically(STORE, json.dumps(stored, indent=2) + "\n")
     put(ROOT / "README.md", "results", table(stored))
     put(ROOT / "README.zh-CN.md", "results", table(stored, chinese=True))
-    put(ROOT / "README.md", "real", real(stored))
-    put(ROOT / "README.zh-CN.md", "real", real(stored, chinese=True))
+    put(ROOT / "README.md", "real", real_table(stored))
+    put(ROOT / "README.zh-CN.md", "real", real_table(stored, chinese=True))
     put(ROOT / "RESULTS.md", "details", details(stored))
     put(ROOT / "RESULTS.md", "bench", ratios(benchmarks(STORE.parent)))
     return 0

@@ -82,4 +82,6 @@ def test_runs_on_real_data_have_a_table_of_their_own(tmp_path: Path) -> None:
     stored = results.collect(tmp_path)
     assert stored.keys() == {"t5", "t5 real"}
     assert "**1.1**" in results.table(stored) and "2.2" not in results.table(stored)
-    assert "`make t5 CONFIG=real` | **2.2** BLEU" in results.real(stored) and "1.1" not in results.real(stored)
+    assert "`make t5 CONFIG=real` | **2.2** BLEU" in results.real_table(stored) and "1.1" not in results.real_table(
+        stored
+    )
