@@ -64,6 +64,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model folder, an adapter folder or a hub id, on the GPU if there is one. Raises UserError if it cannot chat."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    from recipes.common.adapter_files import base_of, is_adapter, load_adapter
     from recipes.common.machine import has_gpu
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.run_folder import RunFolder
@@ -73,7 +74,12 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     set_verbosity_error()
     section, nowhere = Model(name=name, dtype="auto"), RunFolder(Path("runs/chat"), recipe="chat", dry=True)
     tokenizer = load_tokenizer(section, nowhere, chat=True)
-    model: Any = load_model(section, tokenizer, nowhere)
+    if is_adapter(name):
+        if (base := base_of(Path(name))) is None:
+            raise UserError(f"{name} does not say which model it was trained on (base.json, adapter_config.json)")
+        model: Any = load_adapter(load_model(Model(name=base, dtype="auto"), tokenizer, nowhere), name)
+    else:
+        model = load_model(section, tokenizer, nowhere)
     return model.to("cuda" if has_gpu() else "cpu").eval(), tokenizer
 
 

@@ -85,6 +85,7 @@ class Method:
 
 WHOLE, PART, PROMPT, LOW_RANK, ADDED = "all weights", "a part", "prompts", "low rank", "added modules"
 BERT_LINEAR = "[query, key, value, dense]"
+BERT_INNER = r"layer\.\d+\.output\.dense"  # `output.dense` alone names the attention's too
 METHODS = {  # the order of the table
     "full": Method(
         "full fine-tuning", WHOLE,
@@ -126,7 +127,7 @@ METHODS = {  # the order of the table
     ),
     "ia3": Method(
         "IA3", ADDED, "a few examples of what the model nearly knows; the smallest that merges to no cost",
-        bert={"ia3.target_modules": "[key, value, output.dense]", "ia3.feedforward_modules": "[output.dense]"},
+        bert={"ia3.target_modules": rf".*({BERT_INNER}|self\.(key|value))", "ia3.feedforward_modules": rf".*{BERT_INNER}"},
     ),
     "adapter": Method(
         "adapters", ADDED, "many tasks on one base, stacked or fused; layers that stay at inference and cannot be merged"

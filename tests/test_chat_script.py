@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import pty
 import signal
@@ -219,6 +220,27 @@ def test_an_adapter_folder_talks_too(tmp_path: Path, tokenizer: Any) -> None:
     assert torch.allclose(found(input_ids=ids).logits, expected, atol=1e-5)
     plain, _ = script.load(str(base))
     assert not torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_an_adapter_of_a_method_that_peft_lacks_talks_on_the_base_that_it_knows(tmp_path: Path, tokenizer: Any) -> None:
+    from safetensors.torch import save_file
+
+    from recipes.common.adapter_files import fingerprint
+
+    base, adapter = saved(tmp_path / "base", tokenizer, make_model(tokenizer)), tmp_path / "adapter"
+    tokenizer.save_pretrained(adapter)
+    plain, _ = script.load(str(base))
+    save_file({"model.norm.weight": 2 * plain.model.norm.weight.data}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter.json").write_text(json.dumps({"method": "bitfit", "settings": {"add_biases": False}}))
+    (adapter / "base.json").write_text(json.dumps({"name": str(base), "fingerprint": fingerprint(plain)}))
+    ids = torch.tensor([[10, 11, 12]])
+    found, _ = script.load(str(adapter))
+    assert torch.allclose(found(input_ids=ids).logits, 2 * plain(input_ids=ids).logits, atol=1e-5)
+
+    plain.model.layers[0].mlp.up_proj.weight.data *= 2  # its base was trained again since
+    plain.save_pretrained(base)
+    with pytest.raises(script.UserError, match="was trained on another base"):
+        script.load(str(adapter))
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common import policy_figures, sharding
     from recipes.common.data import load_data
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.peft_models import check_targets
+    from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
     from recipes.common.rlhf import disable_dropout
     from recipes.common.training import fit, total_steps
@@ -353,7 +353,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         reference = load_model(config.model, tokenizer, run).requires_grad_(False).eval()
         disable_dropout(reference)
     else:
-        check_targets(model, config.lora.target_modules, "lora")
+        check_low_rank(model, config.lora, run)
         config.lora.task_type = config.lora.task_type or "CAUSAL_LM"
     run.choose("torch.compile", False, "every batch has another shape")
     run.given.add("training.torch_compile")

@@ -210,7 +210,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.data import load_data
     from recipes.common.generation import prompt_ids
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.peft_models import check_targets
+    from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
     from recipes.common.training import fit, total_steps
 
@@ -234,7 +234,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     rewards = load_rewards(config, train.column_names, tokenizer, run)
 
     if config.lora is not None:
-        check_targets(model, config.lora.target_modules, "lora")
+        check_low_rank(model, config.lora, run)
         config.lora.task_type = config.lora.task_type or "CAUSAL_LM"
     run.choose("torch.compile", False, "answers are of every length")
     run.given.add("training.torch_compile")

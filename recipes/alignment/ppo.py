@@ -322,11 +322,10 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
 
 def adapted(policy: PreTrainedModel, config: Config) -> Any:
     """The policy with a fresh adapter. Raises UserError where it would not leave the reference, the rest, as it is."""
-    from recipes.common.peft_models import check_targets, with_adapter
+    from recipes.common.peft_models import with_adapter
     from recipes.common.rlhf import check_adapter_off
 
     assert config.lora is not None
-    check_targets(policy, config.lora.target_modules, "lora")
     config.lora.task_type = config.lora.task_type or "CAUSAL_LM"
     base = list(policy.parameters())
     wrapped = with_adapter(policy, config.lora)
@@ -404,6 +403,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.data import load_data
     from recipes.common.generation import is_checkable
     from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.peft_models import check_low_rank
     from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import preflight
     from recipes.common.shared_prompts import check_kernel
@@ -429,6 +429,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     check(config, max(map(len, prompts + held_out_prompts)), policy, processes)
     text, held_out_text = plain_text(config, tokenizer, run) if config.pretraining else (None, None)
     if config.lora is not None:
+        check_low_rank(policy, config.lora, run)
         policy = adapted(policy, config)
     reward_model = load_reward_model(config, tokenizer, run)
     critic = load_reward_model(config, tokenizer, run) if ppo.critic == "separate" else None

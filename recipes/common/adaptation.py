@@ -85,6 +85,11 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
         }
     seed_again()
     base = load_model(model, tokenizer, run, auto_class, **options)
+    if getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False):
+        raise UserError(
+            f"model.name: {model.name} was saved quantised: what is learned could not be merged into it, since rounding "
+            "the sum would lose it; give the full-precision weights (qlora quantises them itself)"
+        )
     return Task(task_type, tokenizer, base, rows, fingerprint(base), classes)
 
 
@@ -279,6 +284,7 @@ def _classified(task: Task, trainer: Any, evaluation: Evaluation) -> Measured:
 
 def _written(task: Task, trainer: Any, evaluation: Evaluation) -> Measured:
     import torch
+    from torch.nn import functional as F
 
     from recipes.common.generation import inference
     from recipes.common.held_out import word_overlap
@@ -290,8 +296,10 @@ def _written(task: Task, trainer: Any, evaluation: Evaluation) -> Measured:
     with inference(trainer.model, bf16=args.bf16):
         for first in range(0, len(pairs), evaluation.batch_size):
             batch = trainer._prepare_inputs(collate(task, pairs[first : first + evaluation.batch_size], args))
-            tokens = (batch["labels"] != -100).sum().item()
-            total += torch.tensor([trainer.model(**batch).loss.item() * tokens, tokens], dtype=torch.float64)
+            # not the model's own loss: AdaLoRA's has its penalty in it
+            logits, labels = trainer.model(**batch).logits.float(), batch["labels"]  # (batch, length, vocabulary)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+            total += torch.tensor([loss, (labels != -100).sum().item()], dtype=torch.float64)
     rows = task.data["validation"].select(range(min(len(pairs), evaluation.max_samples))).to_list()
     with inference(trainer.model):
         written = write(

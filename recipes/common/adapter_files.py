@@ -39,26 +39,29 @@ METHODS: dict[str, str] = {
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A name for the weights of a base: of its embeddings, norms and biases, which quantisation leaves as they are.
+    """A name for the weights of a base: "<embeddings, norms and biases>-<matrices>".
 
-    Eight numbers of each, rounded to bf16: the same base gives the same name in any precision, and on any device.
+    Eight numbers of each, rounded to bf16: the same base gives the same name in any precision, and on any device. Of a base
+    in four or eight bits the first half alone, which quantisation leaves as it is.
     """
     import torch
 
     from recipes.common.sharding import gathered
 
     backbone: Any = model.base_model
-    told = hashlib.sha256()
+    rest, matrices = hashlib.sha256(), hashlib.sha256()
+    quantised = getattr(model.config, "quantization_config", None) is not None
     tables = {id(module.weight) for module in backbone.modules() if isinstance(module, torch.nn.Embedding)}
     for name, parameter in sorted(backbone.named_parameters()):
         matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves an empty vector here
-        if parameter.device.type == "meta" or (matrix and id(parameter) not in tables):
+        told = matrices if matrix and id(parameter) not in tables else rest
+        if parameter.device.type == "meta" or (quantised and told is matrices):
             continue
         whole = gathered(parameter).detach()
         flat = whole.flatten()
         few = flat[torch.linspace(0, len(flat) - 1, 8, device=flat.device).long()].to("cpu", torch.bfloat16)
         told.update(f"{name} {tuple(whole.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
-    return told.hexdigest()[:32]
+    return rest.hexdigest()[:32] + ("" if quantised else f"-{matrices.hexdigest()[:32]}")
 
 
 def save_adapter(
@@ -80,12 +83,13 @@ def save_adapter(
 
     from recipes.common.sharding import sharded
 
-    path, told = run.path / "adapter", {"name": base, "fingerprint": fingerprint}
+    path, about = run.path / "adapter", {"name": base, "fingerprint": fingerprint}
     peft = hasattr(model, "peft_config")
     if peft and sharded(trainer):
         trainer.save_model(str(path))  # gathers what learned; every process takes part
         if run.is_main:
-            write_atomically(path / "base.json", json.dumps(told, indent=2) + "\n")
+            (path / "training_args.bin").unlink(missing_ok=True)  # a pickle, of what config.yaml says
+            write_atomically(path / "base.json", json.dumps(about, indent=2) + "\n")
         wait_for_everyone()
         return _bytes(path)
     whole: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded(trainer) else model.state_dict()
@@ -99,7 +103,7 @@ def save_adapter(
                 save_file(numbers, folder / "adapter_model.safetensors", metadata={"format": "pt"})
                 ours = {"method": method, "settings": settings or {}}
                 (folder / "adapter.json").write_text(json.dumps(ours, indent=2) + "\n")
-            (folder / "base.json").write_text(json.dumps(told, indent=2) + "\n")
+            (folder / "base.json").write_text(json.dumps(about, indent=2) + "\n")
     wait_for_everyone()
     return _bytes(path)
 
@@ -108,13 +112,32 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a local folder holds an adapter alone, which is nothing without its base."""
+    folder = Path(name)
+    named = any((folder / file).exists() for file in ("adapter.json", "adapter_config.json"))
+    return named and not (folder / "config.json").exists()
+
+
+def base_of(folder: Path) -> str | None:
+    """The name of the model that an adapter was trained on, as its files say it."""
+    for file, key in (("base.json", "name"), ("adapter_config.json", "base_model_name_or_path")):
+        if (folder / file).exists() and (name := json.loads((folder / file).read_text()).get(key)):
+            return name
+    return None
+
+
 def check_base(model: PreTrainedModel, folder: Path) -> None:
-    """Raise UserError where the adapter in `folder` was trained on other weights than the model's."""
+    """Raise UserError where the adapter in `folder` was trained on other weights than the model's.
+
+    A base that is quantised here or was there is compared by what quantisation leaves as it is.
+    """
     file = folder / "base.json"
     if not file.exists():  # an adapter that was not made here
         return
     told = json.loads(file.read_text())
-    if told["fingerprint"] != fingerprint(model):
+    halves = zip(told["fingerprint"].split("-"), fingerprint(model).split("-"), strict=False)
+    if any(theirs != ours for theirs, ours in halves):
         raise UserError(
             f"the adapter in {folder} was trained on another base ({told['name']}): give that one, since on any other "
             "it computes nonsense"

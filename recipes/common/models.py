@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from recipes.common.adapter_files import base_of, is_adapter
 from recipes.common.errors import UserError
 from recipes.common.hub import is_cached, why_not_on_hub
 from recipes.common.run_folder import RunFolder
@@ -233,6 +234,11 @@ def load_model(
     else:
         assert model.name is not None
         name = ensure_made(model.name, run)
+        if is_adapter(name):
+            raise UserError(
+                f"model.name: {name} is an adapter, and no model without its base ({base_of(Path(name)) or 'unknown'}): give "
+                "the merged model/ that the run left beside it, or the base"
+            )
         made = _from_pretrained(
             "model", auto_class.from_pretrained, name,
             revision=model.revision, dtype=dtype, attn_implementation=model.attention, **options,

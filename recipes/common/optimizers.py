@@ -11,7 +11,6 @@ It needs each matrix whole, so it runs in one process or under DDP, and is refus
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from torch.optim._muon import _adjust_lr
 
 from recipes.common import machine
 from recipes.common.errors import UserError
+from recipes.common.sharding import launched_with
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -121,9 +121,8 @@ def refuse_muon_on_shards(args: TrainingArguments) -> None:
     stage; with offload DeepSpeed puts its own AdamW in this optimizer's place. Under FSDP transformers' Trainer takes no
     optimizer that was built before the parameters were sharded.
     """
-    for name, library in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
-        asked = os.environ.get(f"ACCELERATE_USE_{library.upper()}", "").lower() in ("true", "1")
-        if asked or getattr(args, name, None):
+    for library in ("DeepSpeed", "FSDP"):
+        if launched_with() == library or getattr(args, library.lower(), None):
             raise UserError(
                 f"optimizer: muon needs whole matrices, and {library} hands the optimizer pieces of them: set the "
                 "recipe's `optimizer: adamw`, or keep Muon and launch with LAUNCH=ddp or LAUNCH=single"

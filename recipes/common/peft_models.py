@@ -11,10 +11,24 @@ from recipes.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
     from recipes.common.adaptation import Task
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The layers that peft can adapt, by name: (in, out). GPT-2 writes them as Conv1D."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            found[name] = (module.nx, module.nf)
+    return found
 
 
 def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str = "target_modules") -> None:
@@ -22,19 +36,17 @@ def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str =
 
     `section` and `key` say where the names stand in the config.
     """
-    import torch
-
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = linear_layers(model)
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     valid = sorted({name.rsplit(".", 1)[-1] for name in linear if name != head})
     if targets is None or targets == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        missing = [] if any(_is_target(name, targets) for name in names) else [targets]
     else:
-        missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
-        if head is not None and any(head == t or head.endswith(f".{t}") for t in targets):
+        missing = [target for target in sorted(targets) if not any(_is_target(name, [target]) for name in names)]
+        if head is not None and _is_target(head, targets):
             raise UserError(
                 f"{section}.{key}: the loss is computed from the weights of {head} directly, so an adapter on it "
                 f"would never learn; leave it out (or list it in {section}.modules_to_save). Valid: {', '.join(valid)}"
@@ -43,9 +55,53 @@ def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str =
         near = [match[0] for m in missing if (match := difflib.get_close_matches(m, valid, n=1))]
         raise UserError(
             f"{section}.{key}: nothing in {type(model).__name__} is called {', '.join(missing)}"
-            + (f"; did you mean {', '.join(near)}?" if near else ".")
+            + (f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ".")
             + f" Valid: {', '.join(valid)}, or all-linear"
         )
+    _refuse_tied(model, targets, f"{section}.{key}")
+
+
+def check_low_rank(
+    model: PreTrainedModel, settings: LoraConfig, run: RunFolder, section: str = "lora", rank: str = "r"
+) -> None:
+    """Raise UserError for targets that are not there, a rank that a target cannot have, or one whose scale nobody chose."""
+    check_targets(model, settings.target_modules, section)
+    _refuse_tied(model, settings.modules_to_save or (), f"{section}.modules_to_save")
+    asked, targets = getattr(settings, rank), settings.target_modules
+    if f"{section}.{rank}" in run.given and f"{section}.lora_alpha" not in run.given:
+        raise UserError(
+            f"{section}.lora_alpha: what is learned is multiplied by lora_alpha / {rank}, and with {section}.{rank} {asked} it "
+            f"would be peft's {settings.lora_alpha} / {asked}: say it too (twice the rank is common)"
+        )
+    if targets in (None, "all-linear"):
+        return
+    layers = {name: size for name, size in linear_layers(model).items() if _is_target(name, targets)}
+    narrow = min(layers, key=lambda name: min(layers[name]), default=None)
+    if narrow is not None and asked > min(layers[narrow]):
+        raise UserError(f"{section}.{rank}: {asked} is above what {narrow} can have, {min(layers[narrow])}")
+
+
+def _refuse_tied(model: PreTrainedModel, targets: Any, where: str) -> None:
+    """Raise UserError for word embeddings that are the output head too: peft would change one of the two."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    tied = [
+        name
+        for name, module in model.named_modules()
+        if module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    if found := next((name for name in tied if _is_target(name, targets)), None):
+        raise UserError(
+            f"{where}: {found} is one with {' and '.join(name for name in tied if name != found) or 'the output head'} (tied "
+            "word embeddings): what one of them learned could not be merged; leave it out"
+        )
+
+
+def _is_target(name: str, targets: Any) -> bool:
+    """peft's rule: a string is a pattern of whole names; of a list, a name or how it ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
@@ -65,28 +121,36 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
-def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, float]:
-    """Put what was learned into the weights; gives the plain model and the largest difference of a logit that merging made on `batch`.
-
-    Raises RuntimeError if it is more than rounding: a merged model that is another model must not be saved as this one.
-    """
+def logits_on(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits of every position of a training batch, in float32."""
     from recipes.common.generation import inference
 
     asked = {name: batch[name] for name in batch.keys() - {"labels", "seq_lengths"}} | {"use_cache": False}
     if model.config.is_encoder_decoder:  # the decoder's input is made of them
         asked["labels"] = batch["labels"]
     with inference(model):
-        apart = model(**asked).logits.float()
-    merged = model.merge_and_unload()
-    with inference(merged):
-        together = merged(**asked).logits.float()
-    difference = (apart - together).abs().max().item()
+        return model(**asked).logits.float()
+
+
+def merging_moved(apart: torch.Tensor, merged: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a logit that merging made: `apart` are those of the base with its adapter.
+
+    Raises RuntimeError if it is more than rounding: a merged model that is another model must not be saved as this one.
+    """
+    difference = (apart - logits_on(merged, batch)).abs().max().item()
     rounding = 1e-4 if merged.dtype.itemsize == 4 else 5e-2
     if not difference <= rounding * max(1.0, apart.abs().max().item()):
         raise RuntimeError(
             f"merging the adapter moved a logit by {difference:.3g}: the merged model is not what was trained"
         )
-    return merged, difference
+    return difference
+
+
+def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, float]:
+    """Put what was learned into the weights; gives the plain model and what `merging_moved` on `batch`."""
+    apart = logits_on(model, batch)
+    merged = model.merge_and_unload()
+    return merged, merging_moved(apart, merged, batch)
 
 
 def save_and_merge(task: Task, trainer: Any, adapted: Any, run: RunFolder) -> dict[str, float]:

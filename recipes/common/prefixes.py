@@ -162,6 +162,9 @@ def _before_rows(stack: nn.Module, prompt: Any, shape: Shape) -> None:
     from transformers import DynamicCache, EncoderDecoderCache
 
     names = list(inspect.signature(type(stack).forward).parameters)[1:]
+    # RoBERTa and its relatives number their tokens from behind the padding's id
+    padding = getattr(getattr(stack, "embeddings", None), "padding_idx", None)
+    first = 0 if padding is None else padding + 1
     if "past_key_values" not in names:
         raise UserError(f"a prefix is a cache, and {type(stack).__name__} takes none: take prompt_tuning or lora")
 
@@ -184,7 +187,7 @@ def _before_rows(stack: nn.Module, prompt: Any, shape: Shape) -> None:
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + prompt.tokens
         elif mask is not None and "position_ids" in names:  # padding on the left takes no position
-            kwargs["position_ids"] = (mask.long().cumsum(1) - 1)[:, -length:]
+            kwargs["position_ids"] = first + (mask.long().cumsum(1) - 1)[:, -length:]
         return (), kwargs
 
     def after(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer
+
+
+def launched_with() -> Literal["DeepSpeed", "FSDP"] | None:
+    """The library that the launcher has asked to train the model, if it is one that may cut it."""
+    asked = (
+        name
+        for name in ("DeepSpeed", "FSDP")
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("true", "1")
+    )
+    return next(asked, None)  # type: ignore[arg-type]
 
 
 def sharded(trainer: Trainer) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from recipes.common.errors import UserError
 from recipes.common.run_folder import RunFolder, last_complete_checkpoint
 from recipes.common.sections import Run
+from recipes.common.sharding import launched_with
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -39,6 +40,14 @@ def rows_where(rows: DatasetDict, column: str, value: str, key: str) -> DatasetD
                 f"{key}: no {split} row has the {column} {value!r}; there are {', '.join(sorted(set(said)))}"
             )
     return chosen
+
+
+def refuse_shards() -> None:
+    """Raise UserError under DeepSpeed and FSDP: accelerate makes one engine a process, and each stage needs its own."""
+    if (library := launched_with()) is not None:
+        raise UserError(
+            f"launch: this recipe trains one thing after the other, and {library} takes one model a process: use LAUNCH=ddp"
+        )
 
 
 def train_stage(

@@ -174,11 +174,11 @@ def draw(run: RunFolder, kept: dict[str, int], most: int) -> None:
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Base and task, adapter, train while pruning, merge, save both."""
     from recipes.common import adaptation, sharding
-    from recipes.common.peft_models import check_targets, save_and_merge, with_adapter
+    from recipes.common.peft_models import check_low_rank, save_and_merge, with_adapter
 
     adalora = config.adalora
     task = adaptation.prepare(config.model, config.data, adalora.task_type, run)
-    check_targets(task.base, adalora.target_modules, "adalora")
+    check_low_rank(task.base, adalora, run, "adalora", "init_r")
     if not 0 < adalora.target_r < adalora.init_r:
         raise UserError(
             f"adalora.target_r: {adalora.target_r} is not below adalora.init_r, {adalora.init_r}: nothing would be pruned"

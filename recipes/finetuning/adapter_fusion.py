@@ -232,11 +232,14 @@ def compare(base: Measured, singles: dict[str, Measured], fused: Measured, own: 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Stage 1: an adapter a task. Each measured on the target. Stage 2: the attention over them, trained on the target."""
     from recipes.common import adaptation, bottleneck
+    from recipes.common.stages import refuse_shards
     from recipes.common.training import fit
 
-    if config.adapter.task_type == "SEQ_CLS":
+    refuse_shards()
+    if config.adapter.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         raise UserError(
-            "adapter.task_type: SEQ_CLS, but each task would bring classes and a head of its own: give the classes as text"
+            f"adapter.task_type: {config.adapter.task_type}, but each task would bring classes and a head of its own: give "
+            "the classes as text (CAUSAL_LM, SEQ_2_SEQ_LM)"
         )
     task = adaptation.prepare(config.model, config.data, config.adapter.task_type, run)
     model, own = task.base, config.fusion.target or "target"

@@ -52,13 +52,14 @@ def closed_form(model: peft.PeftModel) -> tuple[int, int]:
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Base and task, adapter, train, merge, save both."""
     from recipes.common import adaptation
-    from recipes.common.peft_models import check_targets, save_and_merge, with_adapter
+    from recipes.common.peft_models import check_low_rank, save_and_merge, with_adapter
 
     task = adaptation.prepare(config.model, config.data, config.lora.task_type, run)
-    check_targets(task.base, config.lora.target_modules, "lora")
+    check_low_rank(task.base, config.lora, run)
     adapted = with_adapter(task.base, config.lora)
     matrices, expected = closed_form(adapted)
-    names = ", ".join(sorted(adapted.peft_config["default"].target_modules))
+    targets = adapted.peft_config["default"].target_modules  # a set of names, or one pattern
+    names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     run.say(f"  lora: {matrices} matrices ({names}), sum of r (in + out) = {expected:,}")
     trainer, figures = adaptation.learn(task, adapted, config.training, config.evaluation, run, config.run)
     return figures | save_and_merge(task, trainer, adapted, run)

@@ -204,9 +204,10 @@ def fresh_task(model: PreTrainedModel, seed: int) -> None:
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """The task without languages, both languages, the task over the source language, and the swap to the target."""
     from recipes.common import adaptation
-    from recipes.common.stages import train_stage
+    from recipes.common.stages import refuse_shards, train_stage
     from recipes.common.training import fit
 
+    refuse_shards()
     madx, seed = config.madx, config.training.seed
     if madx.source == madx.target:
         raise UserError(f"madx.target: {madx.target!r} is the source too: there is nothing to carry over")

@@ -374,13 +374,15 @@ def serving(base: str, folders: dict[str, Path], ranks: list[int]) -> str:
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Adapters one by one, all of them on the base, switched, added up; everybody on every task's rows."""
     from recipes.common import adaptation, sharding
-    from recipes.common.peft_models import check_targets
+    from recipes.common.peft_models import check_low_rank
+    from recipes.common.stages import refuse_shards
 
+    refuse_shards()
     multi, task_type = config.multi, config.lora.task_type
     if task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise UserError(f"lora.task_type: {task_type} would give each task a head of its own: give the classes as text")
     task = adaptation.prepare(config.model, config.data, task_type, run)
-    check_targets(task.base, config.lora.target_modules, "lora")
+    check_low_rank(task.base, config.lora, run)
     rows = choose_rows(task, config)
     folders = {name: Path(folder) for name, folder in multi.adapters.items()}
     if folders:

@@ -138,47 +138,56 @@ def paged_where_it_can(training: trl.SFTConfig, run: RunFolder) -> None:
 
 
 def merged(adapted: Any, config: Config, run: RunFolder) -> tuple[PreTrainedModel, float]:
-    """A plain model: every weight as it was trained on, de-quantised, plus (alpha / r) B A.
+    """A plain model: every weight as it was trained on, de-quantised, plus (alpha / r) B A; what else learned, as it is.
 
     And what quantising the sums again, which peft's own merge does, would cost: |Q(W + D) - (W + D)| / |D|, over all
-    adapted matrices; near 1, the error is as large as what was learned.
+    quantised matrices; near 1, the error is as large as what was learned.
     """
     import bitsandbytes.functional as bnb
     import torch
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
     from recipes.common.models import load_model
 
     plain = load_model(config.model, None, run)
     modules = dict(plain.named_modules())
     error = learned = 0.0
+
+    def copy(name: str, key: str, value: torch.Tensor) -> None:
+        own = getattr(modules[name], key)
+        own.copy_(value.to(own.dtype))
+
     with torch.no_grad():
         for name, layer in adapted.get_base_model().named_modules():
-            quantised = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-            if name.endswith(".base_layer") or not hasattr(getattr(quantised, "weight", None), "quant_state"):
+            if isinstance(layer, ModulesToSaveWrapper):  # trained whole, beside the original
+                for key, value in layer.modules_to_save["default"].named_parameters():
+                    inner, _, last = key.rpartition(".")
+                    copy(f"{name}.{inner}" if inner else name, last, value)
+            if name not in modules:
                 continue
-            state = quantised.weight.quant_state
-            weight = bnb.dequantize_4bit(quantised.weight.data, state).float()  # [out, in]
+            held = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            state = getattr(getattr(held, "weight", None), "quant_state", None)
+            for key, value in held.named_parameters(recurse=False):
+                if state is None or key != "weight":
+                    copy(name, key, value)
+            if state is None and not isinstance(layer, LoraLayer):
+                continue
+            weight = held.weight if state is None else bnb.dequantize_4bit(held.weight.data, state)
+            weight = before = weight.float()  # [out, in]
             if isinstance(layer, LoraLayer):
-                change = layer.get_delta_weight("default").float()
-                weight += change
+                variant = layer.lora_variant.get("default")  # DoRA
+                weight = (
+                    variant.merge_safe(layer, "default", weight)
+                    if variant
+                    else weight + layer.get_delta_weight("default").float()
+                )
+            if state is not None and isinstance(layer, LoraLayer):
                 again = bnb.quantize_4bit(weight, quant_type=state.quant_type, compress_statistics=state.nested)
                 error += (bnb.dequantize_4bit(*again) - weight).square().sum().item()
-                learned += change.square().sum().item()
-            modules[name].weight.copy_(weight.to(modules[name].weight.dtype))
+                learned += (weight - before).square().sum().item()
+            copy(name, "weight", weight)
     return plain, (error / learned) ** 0.5 if learned else 0.0
-
-
-def largest_difference(one: Any, other: Any, batch: dict[str, torch.Tensor]) -> float:
-    """Of the two models' logits on the batch."""
-    from recipes.common.generation import inference
-
-    asked = {name: batch[name] for name in batch.keys() - {"labels", "seq_lengths"}} | {"use_cache": False}
-    logits = []
-    for model in (one, other):
-        with inference(model):
-            logits.append(model(**asked).logits.float())
-    return (logits[0] - logits[1]).abs().max().item()
 
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
@@ -187,15 +196,20 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from peft import prepare_model_for_kbit_training
 
     from recipes.common import adaptation, sharding
-    from recipes.common.peft_models import check_targets, with_adapter
+    from recipes.common.peft_models import check_low_rank, logits_on, merging_moved, with_adapter
 
     paged_where_it_can(config.training, run)
     if config.lora.task_type != "CAUSAL_LM":
         raise UserError(f"lora.task_type: {config.lora.task_type}; this recipe merges and measures decoders: CAUSAL_LM")
+    if config.lora.trainable_token_indices or config.lora.target_parameters:
+        raise UserError(
+            "lora.trainable_token_indices, lora.target_parameters: they are not merged here; name whole modules, in "
+            "lora.target_modules or lora.modules_to_save"
+        )
     task = adaptation.prepare(
         config.model, config.data, "CAUSAL_LM", run, quantization_config=quantisation_config(config.qlora)
     )
-    check_targets(task.base, config.lora.target_modules, "lora")
+    check_low_rank(task.base, config.lora, run)
     keep_the_gradient(task.base)
     weights, size = measured_bytes(task.base)
     run.say(
@@ -225,7 +239,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         layer.compute_dtype = torch.float32  # the difference of the weights is to be told, not bf16's rounding
     plain, figures["requantising_error"] = merged(full_precision, config, run)
     batch = next(iter(trainer.get_train_dataloader()))
-    figures["merge_max_logit_difference"] = largest_difference(full_precision, plain.to(adapted.device), batch)
+    figures["merge_max_logit_difference"] = merging_moved(
+        logits_on(full_precision, batch), plain.to(adapted.device), batch
+    )
     run.save_model(plain, task.tokenizer)
     return figures
 

@@ -379,7 +379,12 @@ def test_an_adapter_is_saved_beside_the_merged_model(tiny, preferences, tmp_path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    more = {"lora__r": 8, "lora__target_modules": "[q_proj, v_proj, down_proj]", "training__max_steps": 10}
+    more = {
+        "lora__r": 8,
+        "lora__lora_alpha": 8,
+        "lora__target_modules": "[q_proj, v_proj, down_proj]",
+        "training__max_steps": 10,
+    }
     assert run(tiny, preferences, tmp_path, **more, training__learning_rate=2e-2) == 0
     folder = tmp_path / "dpo" / "default"
     assert json.loads((folder / "metrics.json").read_text())["reward_margin"] > 0.01

@@ -312,7 +312,12 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_an_adapter_learns_too(tiny, questions, tmp_path):
-    more = {"lora__r": 8, "lora__target_modules": "[q_proj, v_proj, down_proj]", "training__learning_rate": 5e-2}
+    more = {
+        "lora__r": 8,
+        "lora__lora_alpha": 8,
+        "lora__target_modules": "[q_proj, v_proj, down_proj]",
+        "training__learning_rate": 5e-2,
+    }
     assert run(tiny, questions, tmp_path, **more, training__max_steps=8) == 0
     folder = tmp_path / "grpo" / "default"
     figures = json.loads((folder / "metrics.json").read_text())

@@ -212,9 +212,16 @@ def check_refused(recipe: Any, line: list[str], told: str, run_in_process: Run, 
 
 
 def check_other_base_refused(folder: Path, other: Any) -> None:
-    """The adapter of a run is not put on a base of the same shape with other weights."""
+    """The adapter of a run is not put on a base of the same shape with other weights: all of them, or one matrix's."""
     from recipes.common.adapter_files import load_adapter
     from recipes.common.errors import UserError
 
     with pytest.raises(UserError, match="was trained on another base"):
         load_adapter(other, folder / "adapter")
+    name = json.loads((folder / "adapter" / "base.json").read_text())["name"]
+    nearly = type(other).from_pretrained(name)
+    matrices = [p for n, p in nearly.base_model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    with torch.no_grad():
+        matrices[-1].mul_(1.1)  # as merging another adapter would
+    with pytest.raises(UserError, match="was trained on another base"):
+        load_adapter(nearly, folder / "adapter")

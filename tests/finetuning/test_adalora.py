@@ -15,7 +15,7 @@ from tiny_chat import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from recipes.common.peft_models import with_adapter
-from recipes.finetuning import adalora
+from recipes.finetuning import adalora, lora
 
 FEW: checks.Changes = {
     "training.learning_rate": 2e-2,
@@ -110,6 +110,22 @@ def test_the_loss_has_the_orthogonal_term() -> None:
         ]
         gained = with_term(**batch).loss - without(**batch).loss
     assert gained.item() == pytest.approx(0.5 * (sum(distances) / len(distances)).item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_s_held_out_loss_is_without_that_term(run_in_process: checks.Run, tmp_path: Path) -> None:
+    """It starts as the base: its loss is the base's own, which LoRA measures too."""
+    base, rows = checks.save_t5(tmp_path / "t5"), checks.pair_rows(tmp_path / "rows.jsonl")
+    targets = {"adalora": "[q, v, wo]", "lora": "[q, v, wo]"}
+    found = {}
+    for recipe, own in ((adalora, FEW), (lora, {"lora.r": 4, "lora.lora_alpha": 8})):
+        name = recipe.__name__.rsplit(".", 1)[-1]
+        changes = {f"{name}.task_type": "SEQ_2_SEQ_LM", f"{name}.target_modules": targets[name]}
+        done = run_in_process(recipe, checks.arguments(base, rows, own, changes), tmp_path)
+        assert done.code == 0, done.err
+        assert done.figures["eval_loss"] < done.figures["baseline_loss"]
+        found[name] = done.figures["baseline_loss"]
+    assert found["adalora"] == found["lora"]
 
 
 def test_merged_equals_unmerged_and_the_rest_is_untouched(trained: Any, chat_model: Path) -> None:

@@ -256,6 +256,7 @@ BAD: dict[str, tuple[checks.Changes, str]] = {
     "a folder without an adapter": ({"fusion.adapters": "{a: nowhere}"}, "fusion.adapters.a: nowhere holds no adapter"),
     "a bottleneck of 0": ({"adapter.bottleneck": 0}, "adapter.bottleneck"),
     "classes": ({"adapter.task_type": "SEQ_CLS"}, "each task would bring classes and a head of its own"),
+    "tags": ({"adapter.task_type": "TOKEN_CLS"}, "each task would bring classes and a head of its own"),
     "rows without tasks": ({"fusion.sources": "[sort]"}, "have no column `task`"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "adapts a pretrained model"),
 }

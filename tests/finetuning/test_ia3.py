@@ -19,6 +19,7 @@ from recipes.finetuning import ia3
 
 LLAMA: dict[str, Any] = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 FEW = {"training.learning_rate": 2e-1}
+INNER = r"layer\.\d+\.output\.dense"  # of BERT
 INPUTS = {"input_ids": torch.arange(10, 210).view(4, 50)}
 
 
@@ -116,17 +117,19 @@ def test_an_adapter_is_not_put_on_another_base(trained: Any) -> None:
 
 
 @pytest.mark.slow
-def test_it_classifies_with_the_library_s_own_targets(run_in_process: checks.Run, tmp_path: Path) -> None:
+def test_it_classifies_with_the_papers_three_vectors_a_layer(run_in_process: checks.Run, tmp_path: Path) -> None:
+    """peft's own targets for BERT, `output.dense`, name the attention's output too."""
     base, rows = checks.save_bert(tmp_path / "bert"), checks.labelled_rows(tmp_path / "rows.jsonl")
     changes = {
         "ia3.task_type": "SEQ_CLS",
-        "ia3.target_modules": "[key, value, output.dense]",
-        "ia3.feedforward_modules": "[output.dense]",
+        "ia3.target_modules": rf".*({INNER}|self\.(key|value))",
+        "ia3.feedforward_modules": rf".*{INNER}",
         "training.learning_rate": 1e-1,
     }
     done = run_in_process(ia3, checks.arguments(base, rows, changes), tmp_path)
     assert done.code == 0, done.err
     assert done.figures["accuracy"] > 0.9 > done.figures["baseline_accuracy"]
+    assert "6 vectors, 2 of them l_ff" in done.out
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     merged = AutoModelForSequenceClassification.from_pretrained(done.folder / "model")
     checks.check_reloads(done.folder, merged, fresh, INPUTS, atol=1e-5)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from recipes.common.errors import UserError
-from recipes.common.peft_models import check_targets, merge
+from recipes.common.peft_models import check_low_rank, check_targets, merge
 from recipes.finetuning import lora
 
 Run = Callable[..., Any]
@@ -181,10 +182,27 @@ def test_targets_that_match_are_taken(targets: Any) -> None:
     check_targets(make_model(make_tokenizer()), targets, "lora")
 
 
+def test_the_layers_of_gpt2_are_valid_targets_too() -> None:
+    """It writes them as Conv1D."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match=r"did you mean c_proj\?.* Valid: c_attn, c_fc, c_proj, or all-linear"):
+        check_targets(model, ["o_proj", "c_prj"], "lora")
+
+
+def test_a_rank_without_its_scale_is_refused() -> None:
+    given = SimpleNamespace(given={"lora.r"})
+    with pytest.raises(UserError, match=r"lora\.lora_alpha: what is learned is multiplied by lora_alpha / r"):
+        check_low_rank(make_model(make_tokenizer()), LoraConfig(r=4, target_modules=["q_proj"]), given)  # type: ignore[arg-type]
+
+
 BAD: dict[str, tuple[Changes, str]] = {
     "a target that is not there": ({"lora.target_modules": "[q_proj, qv_proj]"}, "is called qv_proj"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "lora adapts a pretrained model"),
     "a rank of 0": ({"lora.r": 0}, "lora.r"),
+    "a rank above the layer": ({"lora.r": 17}, "lora.r: 17 is above what model.layers.0.self_attn.v_proj can have, 16"),
+    "tied embeddings": ({"lora.target_modules": "[embed_tokens]"}, "model.embed_tokens is one with lm_head (tied"),
+    "tied embeddings, whole": ({"lora.modules_to_save": "[lm_head]"}, "lm_head is one with model.embed_tokens (tied"),
+    "an adapter as the model": ({"model.name": "{adapter}"}, "is an adapter, and no model without its base"),
     "no tokens to learn": ({"lora.trainable_token_indices": "[]"}, "lora.trainable_token_indices: it names no token"),
 }
 
@@ -194,6 +212,11 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     case: str, run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path
 ) -> None:
     changes, told = BAD[case]
+    if changes.get("model.name") == "{adapter}":
+        adapter = tmp_path / "adapter"
+        get_peft_model(make_model(make_tokenizer()), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(adapter)
+        make_tokenizer().save_pretrained(adapter)
+        changes = {"model.name": adapter}
     done = run_in_process(lora, arguments(chat_model, questions, changes), tmp_path)
     assert done.code == 2
     assert told in done.err

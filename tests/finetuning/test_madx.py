@@ -203,6 +203,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     checks.check_resume(madx, line, run_in_process, tmp_path, trained[0], monkeypatch, after=steps)
 
 
+@pytest.mark.parametrize("library", ["DeepSpeed", "FSDP"])
+def test_launchers_that_take_one_model_a_process_are_refused(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stage would fail, after the first has trained."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{library.upper()}", "true")
+    with pytest.raises(UserError, match=f"{library} takes one model a process: use LAUNCH=ddp"):
+        madx.main(madx.Config.__new__(madx.Config), None)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_text_and_rows_of_their_own(
     run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path

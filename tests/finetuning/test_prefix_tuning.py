@@ -16,7 +16,13 @@ import torch
 from peft import PeftModel, PrefixTuningConfig
 from safetensors.torch import load_file
 from tiny_chat import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from recipes.common import adaptation, prefixes, prompt_encoder
 from recipes.common.length_groups import group_by_length
@@ -142,6 +148,18 @@ def test_padding_and_the_cache_of_a_decoder_with_learned_positions(tmp_path: Pat
     model = with_prefix(AutoModelForCausalLM.from_pretrained(checks.save_gpt2(tmp_path)))
     prompt_checks.check_padding(model)
     prompt_checks.check_generation(model)
+
+
+def test_an_encoder_that_numbers_its_tokens_from_behind_the_padding(tmp_path: Path) -> None:
+    """RoBERTa: what it makes of a mask of ones is what it makes of none, which is its own numbering."""
+    torch.manual_seed(0)
+    model = with_prefix(
+        RobertaModel(RobertaConfig(vocab_size=300, **checks.SIZES, pad_token_id=1, is_decoder=True))
+    ).eval()
+    ids = torch.tensor([prompt_checks.ROWS[0]])
+    with torch.no_grad():
+        told = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        assert torch.allclose(told, model(input_ids=ids).last_hidden_state, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_chat import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from recipes.finetuning import qlora
+from recipes.finetuning import lora, qlora
 
 FEW: checks.Changes = {
     "training.learning_rate": 2e-2,
@@ -106,6 +106,35 @@ def test_the_merged_model_is_what_was_trained_and_requantising_would_not_be(trai
         assert torch.allclose(saved(**INPUTS).logits, model.eval()(**INPUTS).logits, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora.use_dora": "true"}, {"lora.modules_to_save": "[model.norm]"}],
+    ids=["DoRA", "a module trained whole"],
+)
+def test_all_that_learned_is_in_the_merged_model(
+    changes: checks.Changes, run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    done = run_in_process(
+        qlora, checks.arguments(chat_model, questions, FEW, {"training.max_steps": 8}, changes), tmp_path
+    )
+    assert done.code == 0, done.err
+    assert done.figures["eval_loss"] < done.figures["baseline_loss"]
+    assert done.figures["merge_max_logit_difference"] < 1e-4
+
+
+def test_a_base_that_was_saved_in_four_bits_is_refused(
+    run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    """Merging into it would round what was learned away; peft would do it in place."""
+    base = tmp_path / "four_bit"
+    four_bit(chat_model).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    for recipe in (qlora, lora):
+        line = checks.arguments(base, questions, FEW)
+        checks.check_refused(recipe, line, "was saved quantised", run_in_process, tmp_path)
+
+
 def test_the_adapter_goes_back_on_a_four_bit_base(trained: Any, chat_model: Path) -> None:
     folder, _, model = trained
     checks.check_reloads(folder, model, four_bit(chat_model), INPUTS, atol=1e-5)
@@ -180,6 +209,7 @@ BAD: dict[str, tuple[checks.Changes, str]] = {
     "a rank of 0": ({"lora.r": 0}, "lora.r"),
     "another kind of values": ({"qlora.quantisation": "int4"}, "qlora.quantisation"),
     "a classifier": ({"lora.task_type": "SEQ_CLS"}, "lora.task_type"),
+    "tokens that learn alone": ({"lora.trainable_token_indices": "[5]"}, "they are not merged here"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "adapts a pretrained model"),
 }
 
