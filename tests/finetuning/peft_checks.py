@@ -115,6 +115,15 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], intended: set[st
     model.zero_grad()
 
 
+def check_a_step_changes(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor | None = None) -> None:
+    """One step of AdamW on what learns moves the logits."""
+    before = model(**inputs).logits
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    model(**inputs, labels=inputs["input_ids"] if labels is None else labels).loss.backward()
+    optimizer.step()
+    assert (model(**inputs).logits - before).abs().max() > 1e-3
+
+
 def check_base_untouched(adapted: Any, base: Any, changed: Callable[[str], bool] = lambda name: False) -> None:
     """Every weight of the base is, bit for bit, in the adapted model under its own name, but for those that may change."""
     now = adapted.state_dict()

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft_checks as checks
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from recipes.common.errors import UserError
-from recipes.common.peft_models import check_low_rank, check_targets, merge
+from recipes.common.peft_models import check_low_rank, check_targets, merge, with_adapter
 from recipes.finetuning import lora
 
+BATCH = "training.per_device_train_batch_size"
 Run = Callable[..., Any]
 Changes = dict[str, Any]
 FEW = SHORT_RUN | {
@@ -77,6 +87,72 @@ def test_the_adapter_is_small_and_the_base_is_bit_for_bit_what_it_was(trained: A
     adapted = re.compile(r"(q|v|up|down)_proj")
     for name, tensor in merged.items():  # what no adapter touched was saved as it was
         assert torch.equal(tensor, before[name]) != bool(adapted.search(name)), name
+
+
+def test_it_starts_as_it_was_only_the_two_factors_get_gradients_and_a_step_changes_the_output() -> None:
+    plain = make_model(make_tokenizer()).eval()
+    adapted = with_adapter(
+        copy.deepcopy(plain), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    )
+    batch = {"input_ids": torch.arange(10, 210).view(4, 50)}
+    with torch.no_grad():
+        assert torch.equal(adapted.eval()(**batch).logits, plain(**batch).logits)
+    factors = {name for name, _ in adapted.named_parameters() if "lora_A" in name or "lora_B" in name}
+    checks.check_gradients(adapted, batch | {"labels": batch["input_ids"]}, factors)
+    checks.check_a_step_changes(adapted, batch)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_and_packing(
+    run_in_process: Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    line = arguments(chat_model, questions, checks.FOUR_STEPS)
+    checks.check_checkpointing_and_packing(lora, line, run_in_process, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_encoder_tells_classes(run_in_process: Run, tmp_path: Path) -> None:
+    base, rows = checks.save_bert(tmp_path / "bert"), checks.labelled_rows(tmp_path / "rows.jsonl")
+    changes = {"lora.task_type": "SEQ_CLS", "lora.target_modules": "[query, value]"}
+    done = run_in_process(lora, arguments(base, rows, changes), tmp_path)
+    assert done.code == 0, done.err
+    assert done.figures["accuracy"] > 0.9 > done.figures["baseline_accuracy"]
+    fresh, merged = (
+        AutoModelForSequenceClassification.from_pretrained(f, num_labels=2) for f in (base, done.folder / "model")
+    )
+    checks.check_reloads(done.folder, merged, fresh, {"input_ids": torch.arange(10, 210).view(4, 50)}, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["fsdp", "zero3"])
+def test_a_sharded_run_leaves_the_adapter_of_one_process(
+    run_in_process: Run, execute: Any, chat_model: Path, questions: Path, tmp_path: Path, launch: str
+) -> None:
+    """Two processes that hold half of the frozen weights each; the rows of a step are the same, and so is what they teach."""
+    pytest.importorskip("deepspeed")
+    few = {"training.max_steps": 4, "run.threads": 1, "lora.init_lora_weights": "gaussian"}
+    one = run_in_process(lora, arguments(chat_model, questions, {**few, "run.name": "one"}), tmp_path)
+    assert one.code == 0, one.err
+    half = {**few, "run.name": "two", "training.per_device_train_batch_size": SHORT_RUN[BATCH] // 2}
+    line = [
+        sys.executable,
+        "tests/sharded_on_cpu.py",
+        launch,
+        "2",
+        lora.__file__,
+        *arguments(chat_model, questions, half),
+    ]
+    done = execute([*line, "--run.root", str(tmp_path)], timeout=300, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+
+    folders = [one.folder, one.folder.with_name("two")]
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    losses = [[row["loss"] for row in found if "loss" in row] for found in rows]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in folders)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] - theirs[name]).norm() < 0.02 * theirs[name].norm() for name in theirs)
+    assert {file.suffix for file in (folders[1] / "adapter").iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
 
 
 def test_base_and_adapter_give_the_merged_models_logits(trained: Any, chat_model: Path) -> None:
