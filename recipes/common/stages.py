@@ -78,7 +78,7 @@ def train_stage(
     if file.exists():
         run.say(f"stage {name}: trained before, in {stage.path}")
         return load_file(file)
-    run.say(f"stage {name}: {len(rows['train']):,} rows")
+    run.say(f"stage {name}: {len(rows['train']):,} rows" + (", of which the estimates below are" if run.dry else ""))
     if not run.dry:
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.resume_from = last_complete_checkpoint(stage.checkpoints)

@@ -6,7 +6,8 @@
     task       on top:  h <- h + L(h) + T(h + L(h))                 trained on the source language's rows, L and F, G frozen
     zero-shot  swap L, F and G for the target language's, keep T
 
-L, T, F and G are bottleneck adapters, zero at first. Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
+L, T, F and G are bottleneck adapters, zero at first. Decoders learn a language here by next-token prediction; the paper's
+encoders do by hidden words. Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
 
     make madx                                       # laptop, offline, minutes, from what `make llama` made
     make madx CONFIG=gpu                            # one GPU, a public model

@@ -7,6 +7,7 @@
     double           4 + 8/64 + 32/(64 * 256) = 4.127: the constants in 8 bits, and a float32 one for each 256 of them
 
 The gradient goes through the four bits and does not change them. Embeddings, norms and the output layer stay as they are.
+For decoders that answer conversations (CAUSAL_LM).
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 
