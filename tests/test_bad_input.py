@@ -23,6 +23,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = make_model(tokenizer)
     small.resize_token_embeddings(100)
     small.save_pretrained(folder / "small_model")
+    make_model(tokenizer).save_pretrained(folder / "cut_model")
+    weights = folder / "cut_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    make_model(tokenizer).save_pretrained(folder / "other_sizes")
+    config = folder / "other_sizes" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 48}))
     (folder / "text.txt").write_text("the cat sat on the mat\n" * 200)
     (folder / "short.txt").write_text("one line\ntwo\nthree\n")
     (folder / "empty.txt").write_text("")
@@ -122,6 +128,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"model.tokenizer": "nobody/no-such-tokenizer"}, "HF_HUB_OFFLINE"),
     ({"model.tokenizer": "{}/nothing"}, "tokenizer"),
     ({"model.chat_template": "{}/none.jinja"}, "no such file"),
+    ({"model.chat_template": "{}/latin1.txt"}, "is not UTF-8 text"),
+    ({"model.config": "null", "model.name": "{}/cut_model"}, "cut_model cannot be loaded"),
+    ({"model.config": "null", "model.name": "{}/other_sizes"}, "other_sizes cannot be loaded"),
     # data
     ({"data.name": "{}/txt.txt"}, "text.txt"),
     ({"data.name": "{}/empty.txt"}, "is empty"),
@@ -141,6 +150,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"training.log_level": "loud"}, "warning"),
     ({"training.torch_compile_backend": "indutcor"}, "inductor"),
     ({"training.fp16": "true", "training.bf16": None}, "needs a GPU"),
+    # what a library refuses only as it comes to it
+    ({"training.lr_scheduler_type": "cosine"}, "training.lr_scheduler_kwargs are another schedule's"),
+    ({"training.lr_scheduler_kwargs": "{foo: 1}"}, "unexpected keyword argument 'foo'"),
+    ({"training.optim": "galore_adamw", "llama.optimizer": "adamw"}, "error: training: "),
+    ({"training.report_to": "wandb"}, "error: training: "),
     ({"training.use_cpu": "false"}, "no GPU"),
     ({"run.name": "a/b"}, "folder's name"),
     ({"run.name": "../up"}, "folder's name"),
@@ -209,6 +223,28 @@ def test_a_folder_that_is_taken_is_left_as_it_is(
     refused(run_in_process(llama, line(sources, more), tmp_path), says, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == files
     assert all((folder / name).read_text() == "{}\n" for name in files)
+
+
+def test_a_run_that_is_refused_leaves_the_one_that_it_was_to_overwrite(
+    run_in_process: Any, sources: Path, tmp_path: Path
+) -> None:
+    done = run_in_process(llama, line(sources, {}), tmp_path)
+    assert done.code == 0, done.err
+    before = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
+    wrong = line(sources, {"data.name": "{}/txt.txt", "run.overwrite": "true"})
+    refused(run_in_process(llama, wrong, tmp_path), "text.txt", tmp_path)
+    assert {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()} == before
+    again = run_in_process(llama, line(sources, {"run.overwrite": "true"}), tmp_path)
+    assert again.code == 0, again.err
+    assert [path.name for path in done.folder.parent.iterdir()] == ["default"]
+
+
+@pytest.mark.parametrize("told", ["2,1", "abc", "0"])
+def test_a_number_of_threads_that_is_none(
+    told: str, run_in_process: Any, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    refused(run_in_process(llama, line(sources, {}), tmp_path), f"OMP_NUM_THREADS={told}: give one number", tmp_path)
 
 
 def test_a_file_in_the_way_of_the_run_folder(run_in_process: Any, sources: Path, tmp_path: Path) -> None:

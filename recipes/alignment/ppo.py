@@ -442,7 +442,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     asked_a_step = ppo.rollouts // ppo.answers * ppo.oversample
     steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * len(prompts) / asked_a_step))
-    asked = [prompt + [tokenizer.eos_token_id] * ppo.max_new_tokens for prompt in prompts[: ppo.rollouts // processes]]
+    few = prompts[: args.per_device_train_batch_size]
+    asked = [prompt + [tokenizer.eos_token_id] * ppo.max_new_tokens for prompt in few]
     ids, mask = rlhf.pad(asked, tokenizer.pad_token_id, "left")
     batch = {"input_ids": ids, "attention_mask": mask}
     preflight(run, learner, batch, args=args, total_steps=steps)
@@ -455,7 +456,9 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         {"params": [p for name, p in learned if not name.startswith("policy.")], "lr": critic_rate},
     ]
     optimizer = optimizer_class([g for g in groups if g["params"]], **{"weight_decay": args.weight_decay, **options})
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+    )
     if (plugin := accelerator.state.deepspeed_plugin) is not None:  # what accelerate would read off a DataLoader
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     learner, optimizer = accelerator.prepare(learner, optimizer)

@@ -376,7 +376,10 @@ def _read_answered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[st
         texts = answer["text"]
         if not texts:
             raise BadRow(f"{names['completion']} is empty: this question has no answer")
-        messages = [*messages, {"role": "assistant", "content": texts[0] if isinstance(texts, list) else texts}]
+        text = texts[0] if isinstance(texts, list) else texts
+        if not isinstance(text, str):
+            raise BadRow(f"{names['completion']}.text is {shown_type(text)}, not text")
+        messages = [*messages, {"role": "assistant", "content": text}]
     else:
         messages = [*messages, *read_messages(answer, names["completion"])]
     if not messages[-1]["content"].strip():

@@ -179,15 +179,19 @@ def plain_choices(base: Any) -> Iterator[None]:
 def continue_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 60
 ) -> str:
-    """Sampled continuations (top-p 0.9, temperature 0.8), to read while it learns."""
+    """Sampled continuations (top-p 0.9, temperature 0.8), to read while it learns.
+
+    They are drawn beside the run's own random numbers, which a checkpoint holds as they were before.
+    """
     import torch
 
     shown = []
-    for prompt in prompts:
-        batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-        with torch.inference_mode():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(0)
+        for prompt in prompts:
+            batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
             out = cast(Any, model).generate(**batch, max_new_tokens=tokens, do_sample=True, top_p=0.9, temperature=0.8)
-        shown.append(tokenizer.decode(out[0], skip_special_tokens=True))
+            shown.append(tokenizer.decode(out[0], skip_special_tokens=True))
     return "\n\n".join(f"--- {text}" for text in shown)
 
 

@@ -53,7 +53,10 @@ def choose_threads(asked: int | None) -> Choice:
     if asked:
         return Choice(asked, "run.threads")
     if "OMP_NUM_THREADS" in os.environ and local_world_size() == 1:
-        return Choice(int(os.environ["OMP_NUM_THREADS"]), "OMP_NUM_THREADS")
+        told = os.environ["OMP_NUM_THREADS"]
+        if not told.isdigit() or not 1 <= int(told) <= MOST_THREADS:
+            raise UserError(f"OMP_NUM_THREADS={told}: give one number, at least 1, or unset it")
+        return Choice(int(told), "OMP_NUM_THREADS")
     share = max(1, physical_cores() // local_world_size())
     return Choice(share, f"{physical_cores()} cores / {local_world_size()} process(es)")
 

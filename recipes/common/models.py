@@ -92,6 +92,11 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         if looks_local:
             raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
         raise UserError(_no_such(what, name, f"the hub does not give it ({first_line(error)})")) from error
+    except Exception as error:
+        # SafetensorError is a plain Exception; sizes that config.json does not have are a RuntimeError
+        if type(error).__name__ != "SafetensorError" and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
 
 
 def _no_such(what: str, name: str, reason: str) -> str:
@@ -123,7 +128,10 @@ def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False) -> PreTr
         path = Path(model.chat_template)
         if not path.is_file():
             raise UserError(f"model.chat_template: no such file: {path}")
-        tokenizer.chat_template = path.read_text()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"model.chat_template: {path} is not UTF-8 text: {error}") from error
     if chat and not tokenizer.chat_template:
         raise UserError(f"the tokenizer {name} has no chat template: give one with model.chat_template (a Jinja file)")
     if tokenizer.eos_token is None:

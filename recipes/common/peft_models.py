@@ -43,6 +43,12 @@ def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str =
         return
     names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise UserError(
+                f"{section}.{key}: {targets!r} is no pattern: {error}; give a list of names, or a pattern"
+            ) from error
         missing = [] if any(_is_target(name, targets) for name in names) else [targets]
     else:
         missing = [target for target in sorted(targets) if not any(_is_target(name, [target]) for name in names)]

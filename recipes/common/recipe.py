@@ -70,10 +70,36 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _refused_by_a_trainer(error: BaseException) -> bool:
-    """Whether a library's Trainer refused its settings as it was built: then the input is wrong, and nothing of ours."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__")
-    return any(frame.f_globals.get("__name__", "").startswith(("transformers.trainer", "trl.")) for frame in frames)
+# Where a library meets a setting: an error from within is what it thinks of the setting, and nothing of ours.
+SETTINGS_MET_IN = {
+    "create_optimizer", "create_scheduler", "get_optimizer_cls_and_kwargs", "get_scheduler",
+    "get_reporting_integration_callbacks",
+}  # fmt: skip
+
+
+def _wrong_input(error: Exception) -> str | None:
+    """What an error that a library raised says of the user's input, in one line; None where it says nothing of it."""
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename or 'the run folder'}: {error.strerror}; free space, or choose another --run.root"
+    if isinstance(error, RuntimeError) and "out of memory" in said.lower():
+        return (
+            "out of memory: lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps by the same "
+            f"factor, set training.gradient_checkpointing: true, or shard with LAUNCH=zero3 ({said[:160]})"
+        )
+    if type(error).__module__.startswith("jinja2"):
+        return f"the chat template cannot render a conversation: {said} (model.chat_template gives another)"
+    frames = [
+        (frame.f_code.co_name, frame.f_globals.get("__name__", ""))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    reporter = any(name == "__init__" and module.startswith("transformers.integrations") for name, module in frames)
+    if reporter or any(name in SETTINGS_MET_IN and module.startswith("transformers.") for name, module in frames):
+        kwargs = isinstance(error, TypeError) and "keyword argument" in said
+        hint = "; training.lr_scheduler_kwargs are another schedule's: give its own, or null" if kwargs else ""
+        return f"training: {said}{hint}"
+    built = any(name == "__init__" and module.startswith(("transformers.trainer", "trl.")) for name, module in frames)
+    return f"training: {said}" if built and isinstance(error, ValueError) else None
 
 
 def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str]) -> int:
@@ -101,27 +127,10 @@ def _guarded(main: Callable[..., dict[str, Any]], config_class: type, argv: list
             "interrupted outside of the training; what was checkpointed goes on with --run.resume true", file=sys.stderr
         )
         return 130
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        if (said := _wrong_input(error)) is None:
             raise
-        print(
-            f"error: {error.filename or 'the run folder'}: {error.strerror}; free space, or choose another --run.root",
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        if not _refused_by_a_trainer(error):
-            raise
-        print(f"error: training: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
-            raise
-        print(
-            "error: out of memory: lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps by the "
-            f"same factor, set training.gradient_checkpointing: true, or shard with LAUNCH=zero3 ({str(error).splitlines()[0][:160]})",
-            file=sys.stderr,
-        )
+        print(f"error: {said}", file=sys.stderr)
         return 2
     finally:
         _leave_process_group()
@@ -180,7 +189,7 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
     _seed(config)
     try:
         figures = main(config, run)
-    except (UserError, DryRunDone):
+    except BaseException:  # whatever ended it: a folder in which nothing ran would be in the next run's way
         run.leave_if_unused()
         raise
     if not run.dry:
@@ -246,6 +255,7 @@ def _finish(run: RunFolder, summary: str, figures: dict[str, Any], started: floa
     figures["wall_seconds"] = round(time.perf_counter() - started, 1)
     figures["peak_memory_gib"] = round(machine.peak_memory_gib(), 3)
     if run.is_main:
+        run.forget_replaced()
         environment = {**machine.describe(), "commit": _commit(), "choices": run.choices}
         write_atomically(run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_atomically(run.path / "metrics.json", json.dumps(figures, indent=2) + "\n")

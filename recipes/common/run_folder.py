@@ -98,6 +98,7 @@ class RunFolder:
         self.is_main = os.environ.get("RANK", "0") == "0"
         self.choices: dict[str, str] = {}  # what the machine decided, with reasons; printed and kept in the model card
         self.resume_from: Path | None = None  # the last complete checkpoint, when resuming
+        self.replaced: Path | None = None  # what --run.overwrite put aside, until this run has begun
         self.figures: dict[str, Any] = {}  # what the training helpers measured: tokens_per_second, mfu, ...
         self._paragraphs: list[str] = []
 
@@ -122,6 +123,7 @@ class RunFolder:
         """Append a line to metrics.jsonl. Not-a-number becomes null: JSON has none."""
         if not self.is_main or self.dry:
             return
+        self.forget_replaced()
         row = {"step": step, **{k: _plain(v) for k, v in figures.items()}}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -199,7 +201,10 @@ class RunFolder:
             write_atomically(self.path / "model" / code.name, code.read_bytes())
 
     def leave_if_unused(self) -> None:
-        """Remove the folder if nothing ran in it: after a refusal or a dry run it would pass for an unfinished run."""
+        """Remove the folder if nothing ran in it: after a refusal or a dry run it would pass for an unfinished run.
+
+        The run that it was to overwrite is put back.
+        """
         if not self.is_main or not self.path.is_dir():
             return
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
@@ -207,8 +212,17 @@ class RunFolder:
         ours = set() if self.dry else {"config.yaml"}  # a dry run writes none: it belongs to a run that is starting
         if {entry.name for entry in self.path.iterdir()} <= ours:
             shutil.rmtree(self.path)
+            if self.replaced is not None:
+                os.replace(self.replaced, self.path)
+                return
             with suppress(OSError):  # it holds other runs, or one that ended beside this one has removed it
                 self.path.parent.rmdir()
+
+    def forget_replaced(self) -> None:
+        """Delete the run that this one overwrites: it has begun."""
+        if self.replaced is not None:
+            shutil.rmtree(self.replaced)
+            self.replaced = None
 
     def card(self, text: str) -> None:
         """Add a paragraph to the model card."""
@@ -282,7 +296,7 @@ def open_folder(
             "run.resume and run.overwrite contradict each other: the one goes on with what is there, the other deletes it"
         )
     if run.is_main:
-        _prepare(path, fingerprint, resume, overwrite)
+        run.replaced = _prepare(path, fingerprint, resume, overwrite)
     if resume:
         run.resume_from = last_complete_checkpoint(run.checkpoints)
         if run.resume_from is None:
@@ -296,8 +310,9 @@ def _what_decides(config: str) -> list[str]:
     return [line for line in config.splitlines() if not line.startswith("  time_limit_minutes:")]
 
 
-def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> None:
-    existing = path / "config.yaml"
+def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Path | None:
+    """Make the folder ready; gives where the run that is to be overwritten lies, until the new one has begun."""
+    existing, aside = path / "config.yaml", None
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a run folder: choose another --run.name or --run.root")
     if path.is_dir() and any(path.iterdir()):
@@ -306,7 +321,9 @@ def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Non
                 raise UserError(
                     f"{path} holds files but no config.yaml, so no recipe made it: not deleting it; choose another --run.name"
                 )
-            shutil.rmtree(path)
+            aside = path.with_name(f".{path.name}.overwritten")
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed before it began
+            os.replace(path, aside)
         elif resume:
             written = existing.read_text() if existing.exists() else ""
             before, now = _what_decides(written), _what_decides(fingerprint)
@@ -336,3 +353,4 @@ def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Non
         raise UserError(
             f"cannot write to the run folder {path}: {error.strerror}; choose another --run.root"
         ) from error
+    return aside

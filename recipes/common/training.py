@@ -452,6 +452,11 @@ class Loop:
         time_limit_minutes: float | None = None,
     ):
         self.run, self.args, self.accelerator, self.total_steps = run, args, accelerator, total_steps
+        # below 1 they are a share of the run, as in transformers' Trainer
+        self.save_steps, self.logging_steps = (
+            math.ceil(every * total_steps) if every < 1 else int(every)
+            for every in (args.save_steps, args.logging_steps)
+        )
         self.stop = StopSignals(time_limit_minutes)
         self.step = 0
         if run.is_main:
@@ -474,7 +479,7 @@ class Loop:
                 yield self.step
                 self.step += 1
                 stopping = self.stop.asked() and self.step < self.total_steps
-                if stopping or self.step == self.total_steps or self.step % int(self.args.save_steps) == 0:
+                if stopping or self.step == self.total_steps or self.step % self.save_steps == 0:
                     started = time.perf_counter()
                     self.save()
                     self.report.pause(time.perf_counter() - started)
@@ -486,7 +491,7 @@ class Loop:
         """The step's line. `tokens`: processed in this step by this process."""
         step = self.step + 1
         stop_at_nan(loss, step, self.run)
-        if step % int(self.args.logging_steps) == 0 or step == self.total_steps:
+        if step % self.logging_steps == 0 or step == self.total_steps:
             self.report.line(step, loss, tokens * self.accelerator.num_processes, **figures)
         else:
             self.report.tokens += tokens * self.accelerator.num_processes

@@ -57,7 +57,7 @@ def find(name: str, columns: Sequence[str]) -> Reward:
             )
         return function
     module, _, function_name = name.partition(":")
-    if not function_name:
+    if not (module and function_name):
         raise UserError(f"no reward is called {name}: {', '.join(REWARDS)}, or module:function")
     try:
         return getattr(importlib.import_module(module), function_name)

@@ -95,6 +95,21 @@ def test_reward_rises_without_a_critic_too(tiny, judge, preferences, tmp_path):
     assert history[0]["ratio_error"] == 0.0 and "explained_variance" not in history[0]
 
 
+@pytest.mark.slow
+def test_shares_of_the_run_and_a_schedule_with_settings_are_honoured(tiny, judge, preferences, tmp_path):
+    """As under the libraries' Trainers: a line and a checkpoint each half of the run, and the schedule's own arguments."""
+    half = {"training__max_steps": 4, "training__logging_steps": 0.5, "training__save_steps": 0.5}
+    wsd = {
+        "training__lr_scheduler_type": "warmup_stable_decay",
+        "training__lr_scheduler_kwargs": "{num_decay_steps: 1}",
+    }
+    assert run(tiny, judge, preferences, tmp_path, **half, **wsd) == 0
+    folder = tmp_path / "ppo" / "default"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

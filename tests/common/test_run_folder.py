@@ -172,6 +172,18 @@ def test_overwrite_deletes_what_a_run_left(tmp_path: Path) -> None:
     again = opened(run.path, overwrite=True, fingerprint="another: 1\n")
     assert content(again.path) == {"config.yaml": "another: 1\n"}
     assert again.resume_from is None
+    again.log(1, loss=2.0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_is_refused_overwrites_nothing(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    run.log(1, loss=1.0)
+    before = content(run.path)
+    again = opened(run.path, overwrite=True, fingerprint="another: 1\n")
+    again.leave_if_unused()
+    assert content(tmp_path / "run") == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 def test_overwrite_deletes_no_folder_that_no_recipe_made(tmp_path: Path) -> None:

@@ -274,6 +274,7 @@ def test_a_rank_without_its_scale_is_refused() -> None:
 BAD: dict[str, tuple[Changes, str]] = {
     "a target that is not there": ({"lora.target_modules": "[q_proj, qv_proj]"}, "is called qv_proj"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "lora adapts a pretrained model"),
+    "a broken pattern": ({"lora.target_modules": "("}, "'(' is no pattern"),
     "a rank of 0": ({"lora.r": 0}, "lora.r"),
     "a rank above the layer": ({"lora.r": 17}, "lora.r: 17 is above what model.layers.0.self_attn.v_proj can have, 16"),
     "tied embeddings": ({"lora.target_modules": "[embed_tokens]"}, "model.embed_tokens is one with lm_head (tied"),

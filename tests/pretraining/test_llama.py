@@ -106,7 +106,11 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_weights(stop_and_resume: Any, sources: Path) -> None:
-    whole, stopped, resumed = stop_and_resume(llama, tiny(sources, training__max_steps=20), 13)
+    """Stopped where the uninterrupted run saves, and writes samples, too; dropout draws random numbers in every step."""
+    line = tiny(sources, training__max_steps=20, training__save_steps=7)
+    config = line.index("--model.config") + 1
+    line[config] = json.dumps(json.loads(line[config]) | {"attention_dropout": 0.2})
+    whole, stopped, resumed = stop_and_resume(llama, line, 13)
     assert "SIGINT" in stopped.err and "--run.resume true" in stopped.err and "Traceback" not in stopped.err
     assert (stopped.folder / "checkpoints/checkpoint-14/complete").exists()
     assert "resuming after step 14" in resumed.out

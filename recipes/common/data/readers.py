@@ -102,6 +102,9 @@ def _read_jsonl(shown: str, path: Path) -> Rows:
         except RecursionError:
             yield number, BadRow("broken JSON: nested too deeply")
             continue
+        except ValueError as error:  # a number of more digits than Python reads
+            yield number, BadRow(f"broken JSON: {error}")
+            continue
         yield number, _with_columns(row)
 
 
@@ -127,6 +130,8 @@ def json_splits(shown: str, path: Path) -> dict[str, list[Any]] | None:
         raise UserError(f"{shown}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise UserError(f"{shown}: broken JSON: nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"{shown}: broken JSON: {error}") from None
     if isinstance(content, list):
         return {"train": content}
     if isinstance(content, dict) and isinstance(content.get("data"), list):
@@ -169,20 +174,30 @@ def json_row_line(path: Path, split: str, number: int) -> int | None:
 
 def _squad_rows(entries: list[Any]) -> list[Any]:
     """SQuAD's files nest questions in paragraphs in articles; other lists are as they are."""
-    if not all(isinstance(entry, dict) and isinstance(entry.get("paragraphs"), list) for entry in entries):
+    nested = all(isinstance(entry, dict) and isinstance(entry.get("paragraphs"), list) for entry in entries)
+    if not nested or not all(isinstance(p, dict) for entry in entries for p in entry["paragraphs"]):
         return entries
     return [
-        {
+        question
+        if not isinstance(question, dict)  # no row: its check says so
+        else {
             "id": question.get("id"),
             "title": article.get("title"),
             "context": paragraph.get("context"),
             "question": question.get("question"),
-            "answers": {"text": [answer.get("text") for answer in question.get("answers", [])]},
+            "answers": _squad_answers(question.get("answers")),
         }
         for article in entries
         for paragraph in article["paragraphs"]
-        for question in paragraph.get("qas", [])
+        for question in paragraph.get("qas") or []
     ]
+
+
+def _squad_answers(answers: Any) -> Any:
+    """[{"text": ...}, ...] as the hub's SQuAD has it, {"text": [...]}; anything else is left to the row's own check."""
+    if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
+        return {"text": [answer.get("text") for answer in answers]}
+    return answers
 
 
 def _read_table(dialect: Literal["csv", "tsv"], shown: str, path: Path) -> Rows:
