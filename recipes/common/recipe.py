@@ -189,8 +189,9 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
     _seed(config)
     try:
         figures = main(config, run)
-    except BaseException:  # whatever ended it: a folder in which nothing ran would be in the next run's way
-        run.leave_if_unused()
+    except BaseException as ended:  # a folder in which nothing ran would be in the next run's way
+        if isinstance(ended, Exception) or run.replaced is not None:  # an interrupted run may be resumed
+            run.leave_if_unused()
         raise
     if not run.dry:
         _finish(run, module.__doc__ or "", figures, started)
