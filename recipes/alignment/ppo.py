@@ -15,7 +15,7 @@ RLOO: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740; dynamic sampling: 
 https://arxiv.org/abs/2503.14476; details as in Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
 https://arxiv.org/abs/2403.17031
 
-    make ppo                                       # laptop, offline, 3 minutes, after `make full`, `make reward_model`
+    make ppo                                       # laptop, offline, 3 to 5 minutes, after `make full`, `make reward_model`
     make ppo CONFIG=verifiable                     # laptop: the tasks' checker is the reward, after `make full`; 4 minutes
     make ppo CONFIG=gpu                            # one GPU, a public model and a reward model from it
     make ppo CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node; scripts/ has SLURM
@@ -67,7 +67,8 @@ class PPO:
     max_new_tokens: PositiveInt = 53  # longest answer, in tokens (Huang 2024)
     epochs: PositiveInt = 4  # passes over a step's answers (Huang 2024; InstructGPT: 1)
     kl_coefficient: NonNegativeFloat = 0.02  # beta: reward lost for a nat away from the reference (InstructGPT)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the penalty, a token at a time: see recipes/common/rlhf.py
+    # of the penalty, a token at a time; k1's gradient as a reward is KL's, the others' is not: recipes/common/rlhf.py
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: PositiveFloat | None = None  # nats a response that beta is steered to (Ziegler 2019); default: fixed
     gamma: NonNegativeFloat = 1.0  # no discount (InstructGPT)
     lam: NonNegativeFloat = 0.95  # GAE's lambda (InstructGPT)
@@ -305,6 +306,10 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
         problems.append(
             "ppo.pretraining_coefficient: PPO-ptx takes a coefficient above 0 and a section `pretraining` that names its text"
         )
+    if ppo.kl_target is not None and ppo.kl_coefficient == 0:
+        problems.append(
+            "ppo.kl_target: it steers ppo.kl_coefficient by factors, and that is 0: give it a start, such as 0.05"
+        )
     if ppo.critic == "others" and (ppo.answers < 2 or ppo.critic_warmup):
         problems.append("ppo.critic: others has nothing to warm up, and needs ppo.answers of 2 or more to compare")
     if ppo.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -507,10 +512,12 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
             mine = ppo_rollout.rows_of_step(step, ppo.epochs * ppo.rollouts, len(text), args.seed)[rank::processes]
             blocks = text[mine].to(accelerator.device)
         answers, mask = rollout.all, rollout.mask.float()
+        warming_up = step < ppo.critic_warmup
+        optimizer.param_groups[0]["weight_decay"] = 0.0 if warming_up else args.weight_decay  # nothing moves the policy
         with ppo_rollout.timed(answers.seconds, "train"):
             figures = update(
                 models, optimizer, rollout, beta.value, config, accelerator,
-                seed=seed, critic_only=step < ppo.critic_warmup, text=blocks,
+                seed=seed, critic_only=warming_up, text=blocks,
             )  # fmt: skip
         figures |= {f"{part}_seconds": seconds for part, seconds in answers.seconds.items()}
 
@@ -529,7 +536,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         means = accelerator.reduce(torch.stack(list(seen.values())), "mean").tolist()
         figures |= dict(zip(seen, means, strict=True))
         figures |= {"kl_coefficient": beta.value, "learning_rate": scheduler.get_last_lr()[0]}
-        beta.update(figures["kl"])
+        if not warming_up:
+            beta.update(figures["kl"])
         scheduler.step()
         if step % max(1, steps // 8) == 0:
             run.sample(f"step_{step + 1:05d}.txt", ppo_measure.sampled(rollout))

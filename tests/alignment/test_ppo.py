@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recipes.alignment import ppo
 from recipes.common.recipe import run_recipe
@@ -93,6 +94,18 @@ def test_reward_rises_without_a_critic_too(tiny, judge, preferences, tmp_path):
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert figures["reward_after"] > figures["reward_before"] + 0.5
     assert history[0]["ratio_error"] == 0.0 and "explained_variance" not in history[0]
+
+
+@pytest.mark.slow
+def test_while_the_critic_warms_up_the_policy_and_its_kl_coefficient_stay(tiny, judge, preferences, tmp_path):
+    """AdamW would shrink weights without a gradient too, and a KL of 0 would lower the coefficient."""
+    warm = {"training__max_steps": 3, "ppo__critic_warmup": 3, "training__weight_decay": 0.1, "ppo__kl_target": 2.0}
+    assert run(tiny, judge, preferences, tmp_path, **warm) == 0
+    folder = tmp_path / "ppo" / "default"
+    before, after = (load_file(f / "model.safetensors") for f in (tiny, folder / "model"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {row["kl_coefficient"] for row in rows if "kl_coefficient" in row} == {0.01}
 
 
 @pytest.mark.slow
@@ -358,6 +371,7 @@ FUNCTION = {"ppo__reward_model": "null", "ppo__reward_function": "tests.alignmen
         ({"ppo__reward_function": "tasks"}, "reads the column task"),
         ({"ppo__reward_function": "nowhere:reward"}, "cannot be imported"),
         ({"ppo__oversample": 2}, "ppo.oversample"),
+        ({"ppo__kl_coefficient": 0, "ppo__kl_target": 2}, "ppo.kl_target: it steers ppo.kl_coefficient by factors"),
         ({"ppo__whitening": "prompt"}, "ppo.whitening"),
         ({"ppo__pretraining_coefficient": 1}, "ppo.pretraining_coefficient"),
         ({"pretraining__name": "pydocs"}, "ppo.pretraining_coefficient"),

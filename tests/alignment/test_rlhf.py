@@ -385,3 +385,16 @@ def test_a_pairs_weight_multiplies_its_loss_and_equal_ones_change_nothing():
     assert torch.equal(
         rlhf.ranking_loss(scores, ranks, group, weights=torch.ones(3, 3)), rlhf.ranking_loss(scores, ranks, group)
     )
+
+
+@pytest.mark.parametrize(("kind", "share"), [("k1", 1.0), ("k2", 0.0), ("k3", 0.0)])
+def test_as_a_reward_only_k1_pulls_towards_the_reference(kind, share):
+    """E[k grad log pi] over all tokens, exactly: which share of KL's own gradient it is, the two being close."""
+    torch.manual_seed(0)
+    reference = torch.randn(16, dtype=torch.float64)
+    logits = (reference + 0.1 * torch.randn(16, dtype=torch.float64)).requires_grad_()
+    logprobs, others = logits.log_softmax(0), reference.log_softmax(0)
+    (true,) = torch.autograd.grad((logprobs.exp() * (logprobs - others)).sum(), logits, retain_graph=True)
+    penalty = rlhf.kl_estimate(logprobs, others, kind).detach()
+    (gradient,) = torch.autograd.grad((logprobs.exp().detach() * penalty * logprobs).sum(), logits)
+    assert (gradient @ true / (true @ true)).item() == pytest.approx(share, abs=0.1)
