@@ -119,8 +119,8 @@ class Bench:
         return {**curve[-1], "curve": curve}
 
     def kept(self, name: str, measure: Any) -> dict[str, Any]:
-        """Scores from <root>/scores/<name>.json, or measured now and put there."""
-        path = self.root / "scores" / f"{name}.json"
+        """Scores from <root>/scores/<questions>/<name>.json, or measured now and put there."""
+        path = self.root / "scores" / str(len(self.rows)) / f"{name}.json"
         if not path.exists():
             print(f"scoring {name}", flush=True)
             write_atomically(path, json.dumps(measure(), indent=2) + "\n")

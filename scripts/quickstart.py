@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,23 @@ class Stage:
     title: str
     minutes: float
     arguments: tuple[str, ...] = ()
+    takes: dict[str, str] = field(default_factory=dict)  # a key of its config <- the recipe that made what it names
 
 
 STAGES = [
     Stage("tokenizer", "pretraining", "a tokenizer from the text", 0.3, MADE_WITH["tokenizer"]),
-    Stage("llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9),
-    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 4.4),
-    Stage("ppo", "alignment", "PPO against the reward model", 2.6),
+    Stage(
+        "llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9, takes={"model.tokenizer": "tokenizer"}
+    ),
+    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2, takes={"model.name": "llama"}),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 4.4, takes={"model.name": "full"}),
+    Stage(
+        "ppo",
+        "alignment",
+        "PPO against the reward model",
+        2.6,
+        takes={"model.name": "full", "ppo.reward_model": "reward_model"},
+    ),
 ]
 
 SUMMARY = {  # summary.json <- (recipe, figure of its metrics.json)
@@ -79,7 +88,11 @@ def run_stage(stage: Stage, root: Path, extra: list[str]) -> None:
     folder = folder_of(root, stage.recipe)
     module = importlib.import_module(f"recipes.{stage.chapter}.{stage.recipe}")
     resume = ["--run.resume", "true"] if (folder / "config.yaml").exists() else []
-    code = run_recipe(module.main, module.Config, ["--run.root", str(root), *stage.arguments, *resume, *extra])
+    takes = [
+        word for key, made_by in stage.takes.items() for word in (f"--{key}", str(folder_of(root, made_by) / "model"))
+    ]
+    argv = ["--run.root", str(root), *stage.arguments, *takes, *resume, *extra]
+    code = run_recipe(module.main, module.Config, argv)
     if code != 0:
         sys.exit(code)
 
@@ -91,12 +104,12 @@ def figures(root: Path) -> dict[str, dict[str, Any]]:
 
 def summarise(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The flat summary. Raises UserError if a stage did not leave a figure that it should have."""
-    missing = [f"{recipe}: {name}" for recipe, name in SUMMARY.values() if name not in measured[recipe]]
+    missing = [(recipe, name) for recipe, name in SUMMARY.values() if name not in measured[recipe]]
     if missing:
         raise UserError(
             [
-                f"runs/{m.split(':')[0]}/default/metrics.json has no {m.split(': ')[1]}: run the stage again"
-                for m in missing
+                f"{recipe}/default/metrics.json has no {name}: run the stage again (`make quickstart ARGS=--fresh`: all of them)"
+                for recipe, name in missing
             ]
         )
     summary: dict[str, Any] = {key: measured[recipe][name] for key, (recipe, name) in SUMMARY.items()}

@@ -23,6 +23,7 @@ environment_defaults()
 
 from recipes.common.errors import UserError  # noqa: E402
 from recipes.common.recipe import run_recipe  # noqa: E402
+from recipes.common.run_folder import write_atomically  # noqa: E402
 
 
 @dataclass
@@ -53,8 +54,18 @@ def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = Fals
     """Run one recipe unless it is finished. Exits with the recipe's code if it is not 0.
 
     `apart`: in a process of its own, for runs whose memory is compared, since a process's peak is that of all it did.
+    Exits with 2 where what is finished was asked for otherwise: it is not what is to be compared.
     """
+    asked, kept = [*step.arguments, *extra], step.folder(root) / "asked.json"
     if step.figures(root) is not None:
+        before = json.loads(kept.read_text()) if kept.exists() else asked  # not there: it was stopped just before
+        if before != asked:
+            print(
+                f"error: {step.folder(root)} is finished, and was asked for otherwise: `{' '.join(before)}`, not "
+                f"`{' '.join(asked)}`: give another --root, or delete it",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         return
     argv = step.command(root, extra)
     if apart:
@@ -64,6 +75,7 @@ def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = Fals
         code = run_recipe(module.main, module.Config, argv)
     if code:
         sys.exit(code)
+    write_atomically(kept, json.dumps(asked) + "\n")
 
 
 def _in_a_process(step: Step, argv: Sequence[str]) -> int:

@@ -119,6 +119,18 @@ def test_what_is_finished_is_kept_and_what_was_interrupted_goes_on(fake: side_by
     assert not (tmp_path / "started").exists(), "the finished run was started again"
 
 
+def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(
+    fake: side_by_side.Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    (fake.folder(tmp_path) / "metrics.json").write_text("{}")
+    fake.arguments = ("--model.name", "another")
+    with pytest.raises(SystemExit) as ended:
+        side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    assert ended.value.code == 2
+    assert "`--code 0`, not `--model.name another --code 0`" in capsys.readouterr().err
+
+
 def test_a_recipe_s_exit_code_ends_the_comparison(fake: side_by_side.Step, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         side_by_side.run_step(fake, tmp_path, ["--code", "2"], apart=True)

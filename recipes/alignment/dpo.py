@@ -19,6 +19,7 @@ Laptop result: RESULTS.md#dpo.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,7 +84,7 @@ def rank_own(
     """Comparisons of the policy's own answers. The checker: right ones tie, and so do wrong ones, below them; a prompt
     with answers of one kind alone is left out. A reward model: the answers that it likes best and least.
 
-    With candidates `both`, the data's best answer stands beside the policy's right ones. UserError if nothing is left.
+    With candidates `both`, the data's best answer is judged among the policy's. UserError if nothing is left.
     """
     from recipes.common.own_answers import checker_scores, load_reward_model, reward_scores, sample_answers
 
@@ -93,6 +94,8 @@ def rank_own(
     answers = sample_answers(
         policy.to(args.device), tokenizer, rows, dpo.samples, evaluation, seed=args.seed, bf16=args.bf16
     )
+    if dpo.candidates == "both":  # the data's best answer is judged as the others are
+        answers = [[row["completions"][0], *some] for row, some in zip(rows, answers, strict=True)]
     answers = [
         [text for text in dict.fromkeys(some) if text.strip()] for some in answers
     ]  # an empty one teaches nothing
@@ -108,8 +111,6 @@ def rank_own(
     found = []
     for row, texts, told in zip(rows, answers, scores, strict=True):
         ranks = [float(max(told, default=0.0) - score) for score in told]
-        if dpo.candidates == "both" and (best := row["completions"][0]) not in texts:
-            texts, ranks = [best, *texts], [0.0, *(1.0 - score for score in told)]
         if len(set(ranks)) > 1:
             found.append({"prompt": row["prompt"], "completions": texts, "ranks": ranks})
     if not found:
@@ -275,8 +276,6 @@ def log_probabilities(model: Any, pairs: list[Row], batch_size: int, fill: int) 
 def judge_pairs(trainer: Any, reference: Any, pairs: list[Row], config: Config, run: RunFolder) -> dict[str, float]:
     """Held-out pairs ranked by the implicit reward, beside rankings that need no preferences: the start model's
     likelihood, and length (whichever of longer and shorter is right more often)."""
-    import torch.nn.functional as F
-
     from recipes.common.generation import inference, pad_id
     from recipes.common.policy_figures import start_model
 
@@ -304,11 +303,14 @@ def judge_pairs(trainer: Any, reference: Any, pairs: list[Row], config: Config, 
         "baseline_likelihood_accuracy": likelier,
         "baseline_length_accuracy": max(longer, shorter),
         "reward_margin": margins.mean().item(),
-        "eval_loss": F.softplus(-margins).mean().item(),
-        "baseline_loss": 0.6931,  # log 2: all margins are 0 at the start
         "chosen_logp_change": (ours - theirs)[:, 0].mean().item(),
         "rejected_logp_change": (ours - theirs)[:, 1].mean().item(),
     }
+
+
+def loss_figures(loss: float, kinds: list[str]) -> dict[str, float]:
+    """The held-out loss that was trained with, and DPO's own at the start, where every margin is 0: log 2."""
+    return {"eval_loss": loss, **({"baseline_loss": math.log(2)} if kinds == ["sigmoid"] else {})}
 
 
 def shown(pairs: list[Row], count: int = 40) -> str:
@@ -359,13 +361,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     run.given.add("training.torch_compile")
     trainer = make_trainer(model, reference, tokenizer, train, pairs, config)
     batch = next(iter(trainer.get_train_dataloader()))
-    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer))
+    frozen = [reference] if reference is not None else []
+    preflight(run, trainer.model, batch, args=trainer.args, total_steps=total_steps(trainer), frozen=frozen)
     if sharding.sharded(trainer):  # no process holds the whole model: the trainer's own figures alone
         fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
         told = trainer.evaluate()
         policy_figures.save(trainer, tokenizer, run)
-        names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins", "eval_loss": "loss"}
-        return {**{ours: told[f"eval_{theirs}"] for ours, theirs in names.items()}, "baseline_loss": 0.6931}
+        return {
+            "reward_accuracy": told["eval_rewards/accuracies"],
+            "reward_margin": told["eval_rewards/margins"],
+            **loss_figures(told["eval_loss"], args.loss_type),
+        }
 
     def measure(when: str) -> policy_figures.Measured:
         told = policy_figures.measure(
@@ -380,6 +386,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     after = measure("after")
     figures = judge_pairs(trainer, reference, pairs, config, run)
+    figures |= loss_figures(trainer.evaluate()["eval_loss"], args.loss_type)
     policy_figures.save(trainer, tokenizer, run)
     run.plot_curve("loss", "loss", label="training loss")
     run.plot_curve("accuracy", "rewards/accuracies", label="training pairs ranked right by the implicit reward")

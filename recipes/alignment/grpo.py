@@ -80,16 +80,22 @@ TAKEN = {
 def load_rewards(
     config: Config, columns: list[str], tokenizer: PreTrainedTokenizerBase, run: RunFolder
 ) -> list[Callable[..., list[float]]]:
-    """Each reward as trl calls it: (prompts, completions, completion_ids, and the rows' columns) -> one number an answer."""
+    """Each reward as trl calls it: (prompts, completions, completion_ids, and the rows' columns) -> one number an answer.
+
+    The penalty of an answer that does not end is the last of them, with a weight of 1 whatever those of the others are.
+    """
     from recipes.common.own_answers import load_reward_model, reward_scores
     from recipes.common.verifiable_rewards import REWARDS, find
 
-    if not config.grpo.rewards:
+    args, named, penalty = config.training, len(config.grpo.rewards), config.grpo.missing_stop_penalty
+    if not named:
         raise UserError("grpo.rewards: nothing is rewarded: name one, such as tasks")
+    if args.reward_weights is not None and len(args.reward_weights) != named:
+        raise UserError(f"training.reward_weights: {len(args.reward_weights)} weights for {named} grpo.rewards")
     found = []
     for name in config.grpo.rewards:
         if name in REWARDS or ":" in name or "/" not in name:
-            found.append(as_trl(find(name, columns), name, tokenizer, config.grpo.missing_stop_penalty))
+            found.append(as_trl(find(name, columns), name, tokenizer))
             continue
         judge = load_reward_model(name, config.model, tokenizer, run, "grpo.rewards").to(config.training.device)
 
@@ -100,13 +106,23 @@ def load_rewards(
             )  # fmt: skip
             return [one for (one,) in told]
 
-        found.append(as_trl(learned, "learned", tokenizer, config.grpo.missing_stop_penalty))
+        found.append(as_trl(learned, "learned", tokenizer))
+    if penalty:
+        found.append(missing_stop(tokenizer.eos_token_id, penalty))
+        args.reward_weights = [*(args.reward_weights or [1.0] * named), 1.0]
     return found
 
 
-def as_trl(
-    function: Any, name: str, tokenizer: PreTrainedTokenizerBase, missing_stop_penalty: float
-) -> Callable[..., list[float]]:
+def missing_stop(stop: Any, penalty: float) -> Callable[..., list[float]]:
+    """- penalty for an answer that does not end in the token `stop`, else 0, as trl calls it."""
+
+    def missing_stop(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+        return [0.0 if ids and ids[-1] == stop else -penalty for ids in completion_ids]
+
+    return missing_stop
+
+
+def as_trl(function: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
     """A reward of ours as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
     answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in samples/. Raises
     UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out without a word."""
@@ -125,10 +141,9 @@ def as_trl(
         rows = [{"prompt": p, **{key: values[i] for key, values in kept.items()}} for i, p in enumerate(prompts)]
         ended = [bool(ids) and ids[-1] == stop for ids in completion_ids]
         texts = [decode(tokenizer, ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)]
-        told = checked(function(texts, rows), len(texts), f"grpo.rewards: {name}")
+        values = checked(function(texts, rows), len(texts), f"grpo.rewards: {name}")
         if log_metric is not None and is_checkable(rows[0]):
             log_metric("true_score", sum(check(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows))
-        values = [value - missing_stop_penalty * (not end) for value, end in zip(told, ended, strict=True)]
         reward.latest = list(zip(rows, texts, values, strict=True))  # type: ignore[attr-defined]
         return values
 
@@ -254,7 +269,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     ]
     ids, mask = rlhf.pad(fake, tokenizer.pad_token_id, "left")
     batch = {"input_ids": ids, "attention_mask": mask}
-    preflight(run, trainer.model, batch, args=args, total_steps=total_steps(trainer))
+    frozen = [trainer.ref_model] if trainer.ref_model is not None else []
+    preflight(run, trainer.model, batch, args=args, total_steps=total_steps(trainer), frozen=frozen)
     if sharding.sharded(trainer):  # no process holds the whole model: the rewards of the rollouts alone
         fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
         policy_figures.save(trainer, tokenizer, run)

@@ -410,7 +410,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.policy_figures import side_by_side
-    from recipes.common.preflight import preflight
+    from recipes.common.preflight import enough_rows, preflight
     from recipes.common.shared_prompts import check_kernel
     from recipes.common.training import Loop, make_accelerator
     from recipes.common.verifiable_rewards import find, tasks
@@ -424,7 +424,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     # prompts, and for a reward function their other columns
     tokenizer = load_tokenizer(config.model, run, chat=True)
     data = load_data(config.data, "prompt")
-    rows, prompts = encode(data["train"], tokenizer, config, run)
+    rows, prompts = encode(enough_rows(data["train"], args, run), tokenizer, config, run)
     held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples)))
     held_out, held_out_prompts = encode(held_out, tokenizer, config, run)
     function = find(ppo.reward_function, rows.column_names) if ppo.reward_function else None
@@ -438,6 +438,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         policy = adapted(policy, config)
     reward_model = load_reward_model(config, tokenizer, run)
     critic = load_reward_model(config, tokenizer, run) if ppo.critic == "separate" else None
+    reference = load_model(config.model, tokenizer, run) if config.lora is None else None
     learner = rlhf.ActorCritic(policy, critic and critic.requires_grad_(True), getattr(reward_model, "config", None))
     if ppo.critic == "others":
         learner.head.requires_grad_(False)  # stays 0: there is no critic
@@ -451,7 +452,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     asked = [prompt + [tokenizer.eos_token_id] * ppo.max_new_tokens for prompt in few]
     ids, mask = rlhf.pad(asked, tokenizer.pad_token_id, "left")
     batch = {"input_ids": ids, "attention_mask": mask}
-    preflight(run, learner, batch, args=args, total_steps=steps)
+    frozen = [model for model in (reference, reward_model) if model is not None]
+    preflight(run, learner, batch, args=args, total_steps=steps, frozen=frozen)
 
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, policy)
     policy_rate, critic_rate = options.pop("lr"), ppo.critic_learning_rate or args.learning_rate
@@ -470,8 +472,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     beta = rlhf.KLCoefficient(ppo.kl_coefficient, ppo.kl_target)
     accelerator.register_for_checkpointing(scheduler, beta)
     models = ppo_rollout.Models(learner, None, None, tokenizer, function)
-    if config.lora is None:
-        models.reference = freeze(load_model(config.model, tokenizer, run), accelerator)
+    if reference is not None:
+        models.reference = freeze(reference, accelerator)
         rlhf.check_frozen(list(models.reference.parameters()), learner, "load it anew")
     if reward_model is not None:
         models.reward_model = freeze(reward_model, accelerator)
@@ -541,6 +543,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         scheduler.step()
         if step % max(1, steps // 8) == 0:
             run.sample(f"step_{step + 1:05d}.txt", ppo_measure.sampled(rollout))
+            run.say(ppo_measure.sampled(rollout, 3).rstrip())
         loop.log(figures.pop("loss"), int((rollout.rows.branch >= 0).sum()), **figures)
 
     after, answers_after = measure()

@@ -13,6 +13,9 @@ language model knows about an answer is how likely it is, which no hidden state 
 
     r(x, y) = head(h_last) + lambda log p(y | x)       lambda = reward.likelihood_coefficient, p by the tied word embeddings
 
+The loss then has a second term, the same one of the head alone. Beside a likelihood that ranks most pairs right already it would
+learn nothing, and it is what AutoModelForSequenceClassification serves.
+
 Three more, all off by default, are about what the scores are to look like:
 
     log sigmoid(r_w - r_l - m)     further apart where people are surer: m grows with the ranks (Llama 2, eq. 2)
@@ -291,6 +294,11 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
                 lengths = rows.mask.sum(dim=2)[there]  # [N]; a prompt's answers share its prompt
                 weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))  # [N, N]
             loss = ranking_loss(scores, ranks_of, group, knobs.margin, weights)
+            if (
+                knobs.likelihood_coefficient
+            ):  # with the likelihood most pairs are right, and the head would learn nothing
+                head = answer_scores(self.model, states, rows, torch.zeros_like(logprobs))[there]
+                loss = loss + ranking_loss(head, ranks_of, group, knobs.margin, weights)
             if knobs.centering_coefficient:
                 loss = loss + knobs.centering_coefficient * centering_loss(scores, ranks_of, group)
             if knobs.language_coefficient:
@@ -327,8 +335,13 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
 # ---------------------------------------------------------------- evaluation
 
 
-def score_all(model: PreTrainedModel, data: Any, tokenizer: Any, config: Config) -> list[list[float]]:
-    """The score of every answer of every prompt, batched by length so that little is padding."""
+def score_all(
+    model: PreTrainedModel, data: Any, tokenizer: Any, config: Config, *, head_alone: bool = False
+) -> list[list[float]]:
+    """The score of every answer of every prompt, batched by length so that little is padding.
+
+    `head_alone`: without the likelihood, what AutoModelForSequenceClassification gives.
+    """
     import torch
 
     from recipes.common.rlhf import answer_scores, shared_states
@@ -345,11 +358,13 @@ def score_all(model: PreTrainedModel, data: Any, tokenizer: Any, config: Config)
             batch = {
                 name: x.to(device) for name, x in collate(list(data.select(chosen)), tokenizer.pad_token_id).items()
             }
-            told, there = batch.pop("ranks") >= 0, Rows(**batch)
-            for i, some, real in zip(
-                chosen, answer_scores(model, shared_states(model, there), there).tolist(), told.tolist(), strict=True
-            ):
-                scores[i] = [score for score, is_one in zip(some, real, strict=True) if is_one]
+            real, rows = batch.pop("ranks") >= 0, Rows(**batch)  # [B, K]
+            states = shared_states(model, rows)
+            told = answer_scores(
+                model, states, rows, torch.zeros_like(rows.mask.float()) if head_alone else None
+            )  # [B, K]
+            for i, some, are_there in zip(chosen, told.tolist(), real.tolist(), strict=True):
+                scores[i] = [score for score, is_one in zip(some, are_there, strict=True) if is_one]
     model.train(training)
     return scores
 
@@ -415,7 +430,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.data import load_data
     from recipes.common.generation import model_positions
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon, muon_with_adamw
     from recipes.common.preferences import (
         draw,
         length_baseline,
@@ -424,14 +439,14 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         ranking_figures,
         words_baseline,
     )
-    from recipes.common.preflight import preflight
+    from recipes.common.preflight import enough_rows, preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
     from recipes.common.sharding import sharded, whole_model
     from recipes.common.shared_prompts import check_kernel
     from recipes.common.training import fit
 
     if config.reward.optimizer == "muon":
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     tokenizer = load_tokenizer(config.model, run, chat=True)
     check_own_pad_token(tokenizer)
     model = load_model(config.model, tokenizer, run, auto_class=AutoModelForSequenceClassification, num_labels=1)
@@ -454,7 +469,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     disable_dropout(model)  # answers of one prompt are compared with each other: noise between them is not wanted
 
     data, skip = load_data(config.data, "preference"), config.data.on_bad_row == "skip"
-    rows, limit = data["train"], min(config.reward.max_length, model_positions(model) or config.reward.max_length)
+    rows = enough_rows(data["train"], config.training, run)
+    limit = min(config.reward.max_length, model_positions(model) or config.reward.max_length)
     held_out_rows = data["validation"].select(range(min(len(data["validation"]), config.evaluation.max_samples)))
     held_out, sampled_held_out = comparisons(held_out_rows, tokenizer, limit, run, skip=skip), None
     shown = demonstrations(config.demonstrations, tokenizer, config, run) if config.demonstrations else None
@@ -496,17 +512,22 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         figures["sampled_reward_accuracy"] = ranking_figures(own_scores, sampled_held_out)["accuracy"]
 
     # InstructGPT shifts scores so that demonstrations get 0 on average; dividing by their spread lets one KL coefficient
-    # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std.
-    good = [
-        s
-        for row, ranks in zip(scores, held_out["ranks"], strict=True)
-        for s, r in zip(row, ranks, strict=True)
-        if r == 0
-    ]
-    if shown is not None:
-        good = [score for (score,) in score_all(model, shown, tokenizer, config)]
-    model.config.reward_mean = float(np.mean(good))
-    model.config.reward_std = float(np.std(good)) or 1.0
+    # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std. The
+    # head's own pair is for a critic that starts from it.
+    demonstrated = shown if shown is not None else held_out
+    for name, head_alone in (("reward", False), ("reward_head", True)):
+        told = score_all(model, demonstrated, tokenizer, config, head_alone=head_alone)
+        good = [
+            score
+            for row, ranks in zip(told, demonstrated["ranks"], strict=True)
+            for score, rank in zip(row, ranks, strict=True)
+            if rank == 0
+        ]
+        setattr(model.config, f"{name}_mean", float(np.mean(good)))
+        setattr(model.config, f"{name}_std", float(np.std(good)) or 1.0)
+        if head_alone and knobs.likelihood_coefficient:
+            head = told if shown is None else score_all(model, held_out, tokenizer, config, head_alone=True)
+            figures["head_accuracy"] = ranking_figures(head, held_out)["accuracy"]
     save_and_reload(model, tokenizer, held_out, run)
 
     draw(scores, held_out, run)
@@ -516,7 +537,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         "The score of a conversation is `model(**inputs).logits`, read at its last token, the stop token"
         + (
             f", and {knobs.likelihood_coefficient:g} times the answer's log-likelihood by the model's own word embeddings "
-            "(`recipes/common/rlhf.py: answer_scores`). "
+            f"(`recipes/common/rlhf.py: answer_scores`). The head alone ranks {figures['head_accuracy']:.3f} of the held-out "
+            f"pairs right, with the likelihood {figures['accuracy']:.3f}. "
             if knobs.likelihood_coefficient
             else ". "
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
-from recipes.common.run_folder import RunFolder, folder_written_atomically, wait_for_everyone, write_atomically
+from recipes.common.run_folder import RunFolder, folder_written_atomically, wait_for_everyone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,16 +81,14 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    from recipes.common.sharding import sharded
+    from recipes.common.sharding import saved_by_trainer, sharded
 
     path, about = run.path / "adapter", {"name": base, "fingerprint": fingerprint}
     peft = hasattr(model, "peft_config")
     if peft and sharded(trainer):
-        trainer.save_model(str(path))  # gathers what learned; every process takes part
-        if run.is_main:
-            (path / "training_args.bin").unlink(missing_ok=True)  # a pickle, of what config.yaml says
-            write_atomically(path / "base.json", json.dumps(about, indent=2) + "\n")
-        wait_for_everyone()
+        with saved_by_trainer(trainer, path, run) as folder:
+            if run.is_main:
+                (folder / "base.json").write_text(json.dumps(about, indent=2) + "\n")
         return _bytes(path)
     whole: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded(trainer) else model.state_dict()
     if run.is_main:

@@ -71,7 +71,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "preference": ("preference", "conversation", "prompt"),
     "prompt": ("prompt",),
     "classification": ("classification", "text"),
-    "pair": ("pair",),
+    "pair": ("pair", "text"),
     "labelling": ("labelling",),
     "image": ("image",),
     "image_caption": ("image_caption",),
@@ -172,7 +172,8 @@ def canonical_row(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str]
 def convert(row: Mapping[str, Any], native: str, kind: str) -> dict[str, Any]:
     """Turn a canonical row of kind `native` into one of `kind`; columns outside the canonical ones are kept.
 
-    A preference row serves as a conversation through its best completion, and as a prompt without any.
+    A preference row serves as a conversation through its best completion, and as a prompt without any; a pair as a text of
+    both, one below the other (a translation so: XLM's objective, Conneau & Lample 2019, https://arxiv.org/abs/1901.07291).
     Raises BadRow where `native` cannot serve as `kind` or nothing precedes the answer.
     """
     if native == kind:
@@ -181,6 +182,8 @@ def convert(row: Mapping[str, Any], native: str, kind: str) -> dict[str, Any]:
         raise BadRow(reason)
     if native == "classification":
         return {"text": row["text"]}
+    if native == "pair":
+        return {"text": f"{row['source']}\n{row['target']}"}
     others = {name: value for name, value in row.items() if name not in ("messages", "prompt", "completions", "ranks")}
     if native == "preference" and kind == "conversation":
         best = {"role": "assistant", "content": row["completions"][0]}

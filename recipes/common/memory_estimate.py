@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common import machine
@@ -130,27 +130,32 @@ def copied_bytes(model: Any, args: TrainingArguments) -> int:
     return sum(2 * weight.numel() for weight in weights.values() if weight.element_size() == 4)
 
 
-def memory_per_device(model: Any, args: TrainingArguments, activations: int, optimizer: Any = None) -> dict[str, float]:
+def memory_per_device(
+    model: Any, args: TrainingArguments, activations: int, optimizer: Any = None, frozen: Sequence[Any] = ()
+) -> dict[str, float]:
     """GiB a device for ZeRO stages 0 to 3 (Rajbhandari et al. 2020, section 3).
 
     zero0 is one process, or DDP: weights as they are kept, gradients, moments, and under autocast copies of the weights.
     DeepSpeed in 16 bits has weights and gradients in 16 bits, and beside the moments a float32 master of what learns.
-    Stage 1 shares moments and master among the devices, 2 the gradients too, 3 the weights too.
+    Stage 1 shares moments and master among the devices, 2 the gradients too, 3 the weights too, and those of the `frozen`
+    models beside it.
     """
     weights, gradients = weight_bytes(model), gradient_bytes(model)
+    beside = sum(map(weight_bytes, frozen))
     moments, stepping = optimizer_bytes(model, args, optimizer)
     # in the backward pass gradients take the place of activations
-    alone = weights + moments + gradients + max(activations + copied_bytes(model, args), stepping)
+    alone = weights + beside + moments + gradients + max(activations + copied_bytes(model, args), stepping)
     if dtype_name(args) != "float32":
         floats = [p for p in model.parameters() if p.is_floating_point()]  # four-bit ones are bytes, and stay
         learned = sum(p.numel() for p in floats if p.requires_grad)
         weights -= sum((p.element_size() - 2) * p.numel() for p in floats)
         gradients, moments = 2 * learned, moments + 4 * learned
+        beside = sum(2 * numbers_of(p) for other in frozen for p in other.parameters())
     n = args.world_size
     shared = {
-        "zero1": weights + gradients + moments / n,
-        "zero2": weights + (gradients + moments) / n,
-        "zero3": (weights + gradients + moments) / n,
+        "zero1": weights + beside + gradients + moments / n,
+        "zero2": weights + beside + (gradients + moments) / n,
+        "zero3": (weights + beside + gradients + moments) / n,
     }
     sizes = {"zero0": alone, **{stage: size + activations for stage, size in shared.items()}}
     return {stage: size / machine.GIB for stage, size in sizes.items()}

@@ -114,13 +114,19 @@ class MuonWithAdamW(Optimizer):
         self.adamw.load_state_dict(state_dict["adamw"])
 
 
-def refuse_muon_on_shards(args: TrainingArguments) -> None:
-    """Raise UserError where a library would hand Muon something else than whole matrices, without a word.
+def check_muon(args: TrainingArguments) -> None:
+    """Raise UserError where Muon with AdamW cannot be what was asked for: another optimizer is, or a library would hand Muon
+    something else than whole matrices, without a word.
 
     ZeRO flattens all parameters into one fp32 vector and gives each process a piece of it: no matrix is left, at any
     stage; with offload DeepSpeed puts its own AdamW in this optimizer's place. Under FSDP transformers' Trainer takes no
     optimizer that was built before the parameters were sharded.
     """
+    if args.optim not in ("adamw_torch_fused", "adamw_torch"):
+        raise UserError(
+            f"training.optim: {getattr(args.optim, 'value', args.optim)} would do nothing where the recipe's `optimizer: muon` "
+            "makes the optimizer: leave it out, or set `optimizer: adamw`"
+        )
     for library in ("DeepSpeed", "FSDP"):
         if launched_with() == library or getattr(args, library.lower(), None):
             raise UserError(
@@ -132,7 +138,7 @@ def refuse_muon_on_shards(args: TrainingArguments) -> None:
 def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
     """Muon on every hidden 2-D weight, fused AdamW on the embedding tables, head, norms and biases. Each group keeps its own rate under
     one schedule. Raises UserError where the matrices would be sharded."""
-    refuse_muon_on_shards(args)
+    check_muon(args)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}  # positions' too
     if (head := model.get_output_embeddings()) is not None:
         tables.add(id(head.weight))

@@ -119,8 +119,18 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     section = PeftType(settings.peft_type).lower()
-    if getattr(settings, "trainable_token_indices", None) in ([], {}):
-        raise UserError(f"{section}.trainable_token_indices: it names no token: give some ids, or leave it out")
+    if (some := getattr(settings, "trainable_token_indices", None)) is not None:
+        ids = [i for own in (some.values() if isinstance(some, dict) else [some]) for i in own]
+        words = base.get_input_embeddings().num_embeddings
+        if not ids or not all(0 <= i < words for i in ids):
+            wrong = (
+                f"{next(i for i in ids if not 0 <= i < words)} is no id of {words} words"
+                if ids
+                else "it names no token"
+            )
+            raise UserError(f"{section}.trainable_token_indices: {wrong}: give some ids, or leave it out")
+    if getattr(settings, "megatron_config", None) is not None:
+        raise UserError(f"{section}.megatron_config: Megatron's layers are in none of these models: leave it out")
     try:
         return get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...

@@ -131,9 +131,9 @@ def time_bars(axes: Any, spent: dict[str, float]) -> None:
 
 
 def sampled(rollout: Rollout, count: int = 20) -> str:
-    """Some of a step's prompts with their sampled answers and rewards."""
+    """Some of a step's prompts, each with one of its sampled answers and its reward."""
     shown = []
-    for i in rollout.kept[:count]:
+    for i in rollout.kept[:: rollout.answers][:count]:
         value, text = rollout.all.rewards[i].item(), rollout.all.texts[i]
         shown.append(f"{rollout.all.rows[i]['prompt'][-1]['content']}\n  {value:+.2f}  {text!r}\n")
     return "".join(shown)

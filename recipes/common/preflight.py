@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; the laptop runs reach 0.25 to 0.5
+DRY_ROWS = 2000  # that a dry run looks at
 TRY_FLOPS = 5e12  # a dry run on a processor tries a step of no more: about half a minute of 0.2 TFLOP/s
+
+
+def enough_rows(rows: Any, args: TrainingArguments, run: RunFolder) -> Any:
+    """The rows; a few of them for a dry run whose steps are known, since it need not see all to say how long they take."""
+    return rows.take(DRY_ROWS) if run.dry and args.max_steps > 0 else rows
 
 
 def count_parameters(model: Any, trainable_only: bool = False) -> int:
@@ -82,13 +88,14 @@ def preflight(
     trainer: Any = None,
     scored: int | None = None,
     answers: Callable[[], Any] | None = None,
+    frozen: Sequence[Any] = (),
 ) -> None:
     """Check the first batch, say what is about to run, and end a dry run with an estimate.
 
     `batch` is one process's micro-batch, as the model will get it: a step has gradient_accumulation_steps of them on
     every process. `trainer` makes the estimate of memory better: its optimizer counts, and on a processor a dry run tries
     a step, after `answers`, which measures a few held-out rows as the run will. `scored`: positions that have logits all at
-    once; default: all. Sets flops_per_token and the parameter counts among the run's figures. Raises DryRunDone or UserError.
+    once; default: all. `frozen`: models that are loaded beside it. Sets flops_per_token and the parameter counts among the run's figures. Raises DryRunDone or UserError.
     """
     import psutil
     import torch
@@ -115,14 +122,15 @@ def preflight(
     seconds = total_steps * tokens * per_token / (peak * ASSUMED_MFU)
     activations = activation_bytes(model, batch, args, scored)
     optimizer = getattr(trainer, "optimizer", None)
-    memory = memory_per_device(model, args, activations, optimizer)
+    memory = memory_per_device(model, args, activations, optimizer, frozen)
     here = ""
     if args.device.type == "cpu":
         quick = micro_tokens * per_token <= TRY_FLOPS
         fits = memory["zero0"] * machine.GIB < psutil.virtual_memory().available
         tried = trainer is not None and quick and fits and next(model.parameters()).device.type == "cpu"
         trial = partial(try_step, trainer, batch, answers) if tried else None
-        size = memory_here(model, args, memory["zero0"], optimizer, trial)
+        alone = memory_per_device(model, args, activations, optimizer)["zero0"]  # the process holds the others already
+        size = memory_here(model, args, alone, optimizer, trial)
         how = "a step was tried" if tried else "no step was tried"
         here = f"  memory here    {size:.2f} GiB for the whole process ({how})"
     kept_in = str(next(p.dtype for p in model.parameters() if p.requires_grad)).removeprefix("torch.")

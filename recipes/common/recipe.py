@@ -185,6 +185,7 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
         where["run"], recipe=recipe, fingerprint=saved_config(loaded), dry=loaded.dry_run, given=loaded.given,
         resume=bool(run_values.get("resume")), overwrite=bool(run_values.get("overwrite")),
     )  # fmt: skip
+    run.started = started
     _say_choices(run, config)
     _seed(config)
     try:
@@ -194,7 +195,7 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
             run.leave_if_unused()
         raise
     if not run.dry:
-        _finish(run, module.__doc__ or "", figures, started)
+        _finish(run, module.__doc__ or "", figures)
 
 
 def saved_config(loaded: Loaded) -> str:
@@ -247,13 +248,13 @@ def _seed(config: Any) -> None:
     set_seed(seed)
 
 
-def _finish(run: RunFolder, summary: str, figures: dict[str, Any], started: float) -> None:
+def _finish(run: RunFolder, summary: str, figures: dict[str, Any]) -> None:
     """Final figures, model card and the table on the screen."""
     from recipes.common import machine
     from recipes.common.model_card import model_card, show
 
     figures = {**run.figures, **figures}
-    figures["wall_seconds"] = round(time.perf_counter() - started, 1)
+    figures["wall_seconds"] = round(run.wall_seconds(), 1)
     figures["peak_memory_gib"] = round(machine.peak_memory_gib(), 3)
     if run.is_main:
         run.forget_replaced()

@@ -434,14 +434,15 @@ class ActorCritic(nn.Module):
 
     The critic is a model of its own, started from the reward model (InstructGPT), or a linear head on the policy's last
     hidden states, started at 0. Its values are in the units of the normalised reward, (score - mean) / std, so that a
-    critic started from the reward model predicts that reward from the first step.
+    critic started from the reward model predicts that reward from the first step. Of a reward model whose score holds a
+    likelihood it starts from the head, by the head's own mean and spread.
     """
 
     def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, scale: Any = None):
-        """`scale`: the reward model's config, which holds reward_mean and reward_std if our recipe made it."""
+        """`scale`: the reward model's config, which holds reward_head_mean and reward_head_std if our recipe made it."""
         super().__init__()
         self.policy, self.critic = policy, critic
-        self.mean, self.std = getattr(scale, "reward_mean", 0.0), getattr(scale, "reward_std", 1.0)
+        self.mean, self.std = getattr(scale, "reward_head_mean", 0.0), getattr(scale, "reward_head_std", 1.0)
         self.head: Any = None
         if critic is None:
             self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,6 +100,8 @@ class RunFolder:
         self.choices: dict[str, str] = {}  # what the machine decided, with reasons; printed and kept in the model card
         self.resume_from: Path | None = None  # the last complete checkpoint, when resuming
         self.replaced: Path | None = None  # what --run.overwrite put aside, until this run has begun
+        self.started = time.perf_counter()  # this sitting of the run
+        self.seconds_before = 0.0  # what the sittings before it took, up to the checkpoint that this one goes on from
         self.figures: dict[str, Any] = {}  # what the training helpers measured: tokens_per_second, mfu, ...
         self._paragraphs: list[str] = []
 
@@ -106,6 +109,15 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where resumable state goes."""
         return self.path / "checkpoints"
+
+    def wall_seconds(self) -> float:
+        """What the run has taken until now, all sittings of it."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def mark_complete(self, checkpoint: Path, speed: dict[str, float]) -> None:
+        """Put into a checkpoint, last, what says that it was written to its end, and what a later sitting cannot measure."""
+        told = {"wall_seconds": round(self.wall_seconds(), 1), "speed": speed}
+        write_atomically(checkpoint / COMPLETE, json.dumps(told) + "\n")
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -301,6 +313,10 @@ def open_folder(
         run.resume_from = last_complete_checkpoint(run.checkpoints)
         if run.resume_from is None:
             run.say(f"{path} holds no complete checkpoint to go on from: starting afresh")
+        else:
+            told = json.loads((run.resume_from / COMPLETE).read_text())
+            run.seconds_before = told["wall_seconds"]
+            run.figures |= told["speed"]  # until this sitting has taken enough steps to measure its own
         run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
     return run
 

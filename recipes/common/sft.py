@@ -14,7 +14,7 @@ from recipes.common.length_groups import group_by_length
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Evaluation
 from recipes.common.sft_packing import IGNORED, PackedRows
-from recipes.common.sharding import sharded
+from recipes.common.sharding import saved_by_trainer, sharded
 
 if TYPE_CHECKING:
     import torch
@@ -302,9 +302,8 @@ def _cell(text: str) -> str:
 def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
     """The model to model/, gathered from all devices where it is sharded."""
     if sharded(trainer):
-        trainer.save_model(str(run.path / "model"))  # gathers; every process takes part
-        if run.is_main:
-            (run.path / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, of what config.yaml says
-            tokenizer.save_pretrained(run.path / "model")
+        with saved_by_trainer(trainer, run.path / "model", run) as folder:
+            if run.is_main:
+                tokenizer.save_pretrained(folder)
     else:
         run.save_model(model_of(trainer), tokenizer)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
 from recipes.common.generation import decode, model_positions, prompt_ids, prompt_of
+from recipes.common.preflight import enough_rows
 from recipes.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 IGNORED = -100  # a label that the loss leaves out
-DRY_SAMPLES = 2000  # looked at by a dry run
 
 
 def prepare(
@@ -56,10 +56,7 @@ def prepare(
     made = {}
     for split in ("train", "validation"):
         if split in data:
-            whole = data[split]
-            if run.dry and args.max_steps > 0:  # the steps are known, so a dry run need not see all samples
-                whole = whole.take(DRY_SAMPLES)
-            rows = _tokenize(whole, tokenizer, template, args)
+            rows = _tokenize(enough_rows(data[split], args, run), tokenizer, template, args)
             packing = args.packing if split == "train" or args.eval_packing is None else args.eval_packing
             made[split] = _fit_rows(rows, split, args, run, packing)
     if not args.assistant_only_loss:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from recipes.common.run_folder import RunFolder, wait_for_everyone, write_errors_explained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +51,30 @@ def whole_model(trainer: Trainer) -> Any:
             parameter.data = gathered(pieces[name]).to(trainer.args.device, copy=True)
     whole.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return whole.to(trainer.args.device)
+
+
+@contextmanager
+def saved_by_trainer(trainer: Trainer, path: Path, run: RunFolder) -> Iterator[Path]:
+    """Save a sharded model, or adapter, with its Trainer, which gathers it; every process takes part.
+
+    Gives the folder that it lies in, for rank 0 to add to; after the block it takes the place of `path`, whole.
+    """
+    temporary = path.with_name(f".{path.name}.gathered")  # the same name in every process
+    if run.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed meanwhile
+    wait_for_everyone()
+    try:
+        with write_errors_explained(path):
+            trainer.save_model(str(temporary))
+            (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, of what config.yaml says
+            yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if run.is_main:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    wait_for_everyone()
 
 
 def gathered(parameter: Any) -> Tensor:

@@ -19,11 +19,9 @@ from recipes.common import machine
 from recipes.common.errors import Interrupted, UserError
 from recipes.common.launch import check_world_size
 from recipes.common.run_folder import (
-    COMPLETE,
     RunFolder,
     drop_half_written_checkpoints,
     wait_for_everyone,
-    write_atomically,
     write_errors_explained,
 )
 
@@ -202,16 +200,21 @@ class StepReport:
             return None
         return ((now or time.perf_counter()) - self.warm_time) / (step - self.warm_step)
 
-    def finish(self) -> None:
-        """Put the means over the run among the run's figures."""
+    def speed(self) -> dict[str, float]:
+        """The means over the steps since the warm-up; nothing until there are any."""
         per_step = self.mean_step_seconds(self.last_step, self.last_time)
-        if per_step and self.warm_step is not None:
-            speed = (self.tokens - self.warm_tokens) / (self.last_time - self.warm_time)
-            self.run.figures |= {
-                "tokens_per_second": round(speed, 1),
-                "mfu": round(speed * self.flops_per_token / self.peak, 4),
-                "step_seconds": round(per_step, 4),
-            }
+        if not per_step or self.warm_step is None:
+            return {}
+        speed = (self.tokens - self.warm_tokens) / (self.last_time - self.warm_time)
+        return {
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(speed * self.flops_per_token / self.peak, 4),
+            "step_seconds": round(per_step, 4),
+        }
+
+    def finish(self) -> None:
+        """Put the speed among the run's figures."""
+        self.run.figures |= self.speed()
 
 
 SHOWN = {
@@ -386,7 +389,7 @@ def _frame_callback() -> type:
             wait_for_everyone()
             if self.run.is_main:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_atomically(folder / COMPLETE, f"{state.global_step}\n")
+                self.run.mark_complete(folder, self.report.speed())
             wait_for_everyone()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -416,9 +419,21 @@ def _frame_callback() -> type:
 def make_accelerator(args: TrainingArguments, **options: Any) -> Accelerator:
     """An Accelerator with the precision and accumulation that the `training` section says.
 
-    Raises UserError if the processes did not come together as one group.
+    Raises UserError for what only a library's Trainer does, and if the processes did not come together as one group.
     """
     from accelerate import Accelerator
+
+    told = {
+        "eval_strategy": (args.eval_strategy, "no", "this recipe measures before the first step and after the last"),
+        "save_strategy": (args.save_strategy, "steps", "it saves every training.save_steps, so that it can be resumed"),
+        "report_to": (",".join(args.report_to or ()), "", "its figures are in metrics.jsonl"),
+    }
+    if problems := [
+        f"training.{key}: {getattr(value, 'value', value)} has no say in a loop without a Trainer: {why}; leave it out"
+        for key, (value, usual, why) in told.items()
+        if getattr(value, "value", value) != usual
+    ]:
+        raise UserError(problems)
 
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
@@ -506,7 +521,7 @@ class Loop:
             self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.run.is_main:
-            write_atomically(folder / COMPLETE, f"{self.step}\n")
+            self.run.mark_complete(folder, self.report.speed())
             older = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
             for stale in older[: -int(self.args.save_total_limit or len(older))]:
                 shutil.rmtree(stale)

@@ -8,9 +8,11 @@ module:function one of your own, on Python's path: function(answers: list[str], 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from recipes.common.errors import UserError
@@ -60,9 +62,15 @@ def find(name: str, columns: Sequence[str]) -> Reward:
     if not (module and function_name):
         raise UserError(f"no reward is called {name}: {', '.join(REWARDS)}, or module:function")
     try:
-        return getattr(importlib.import_module(module), function_name)
+        function = getattr(importlib.import_module(module), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"the reward {name} cannot be imported: {error}") from error
+    try:
+        with suppress(ValueError):  # written in C, it may not say what it takes
+            inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise UserError(f"the reward {name} cannot be called with answers and their rows: {error}") from error
+    return function
 
 
 def checked(told: Sequence[float], count: int, key: str) -> list[float]:

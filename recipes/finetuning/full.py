@@ -71,14 +71,14 @@ def prepare(config: Config, run: RunFolder) -> Task:
 def main(config: Config, run: RunFolder) -> dict[str, Any]:
     """Model and task; measure, train, measure again, save."""
     from recipes.common import adaptation, sft
-    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon, muon_with_adamw
 
     def with_muon(trainer: Any) -> None:
         trainer.optimizer = muon_with_adamw(trainer.model, config.training, config.full.muon_learning_rate)
 
     muon = config.full.optimizer == "muon"
     if muon:
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     task = prepare(config, run)
     ready = with_muon if muon else None
     trainer, figures = adaptation.learn(

@@ -242,11 +242,11 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BartForConditionalGeneration
 
-    from recipes.common.optimizers import refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon
 
     bart = config.bart
     if "muon" in (bart.optimizer, bart.translation_optimizer):
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     if not isinstance(model, BartForConditionalGeneration):
         raise UserError(f"model: {type(model).__name__} is not BART: set model_type: bart, or give a BART's name")
     positions = model.config.max_position_embeddings

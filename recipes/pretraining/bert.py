@@ -205,10 +205,10 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
 
-    from recipes.common.optimizers import refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon
 
     if config.bert.optimizer == "muon":
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     if not isinstance(model, BertForPreTraining):
         raise UserError(f"model: this recipe pretrains a BERT, not a {type(model).__name__}: set model_type: bert")
     problems = []

@@ -205,11 +205,11 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from recipes.common.blank_infilling import check_mix
     from recipes.common.modeling_blank_infilling import BlankInfillingModel
-    from recipes.common.optimizers import refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon
 
     glm = config.glm
     if glm.optimizer == "muon":
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     if not isinstance(model, BlankInfillingModel):
         raise UserError(
             "model: a GLM is model.config with model_type: blank_infilling, or model.name of one saved here"

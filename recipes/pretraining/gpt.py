@@ -169,7 +169,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.gpt_tasks import compare_on_task, load_task
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
     from recipes.common.in_context import ask_in_context, check_room, load_questions
-    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon, muon_with_adamw
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
@@ -178,7 +178,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     gpt, training = config.gpt, config.training
     check(config)
     if gpt.optimizer == "muon":
-        refuse_muon_on_shards(training)
+        check_muon(training)
     tokenizer, model = make_model(config, run)
     check_lengths(config, getattr(model.config, "max_position_embeddings", None))
     fuse_next_token_loss(model)

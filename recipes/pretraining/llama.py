@@ -148,7 +148,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.fused_loss import fuse_next_token_loss
     from recipes.common.generation import continue_prompts
     from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.optimizers import muon_with_adamw, refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon, muon_with_adamw
     from recipes.common.packing import pack_texts
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
@@ -156,7 +156,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     llama, training = config.llama, config.training
     if llama.optimizer == "muon":
-        refuse_muon_on_shards(training)
+        check_muon(training)
     tokenizer = load_tokenizer(config.model, run)
     model = load_model(config.model, tokenizer, run)
     positions = getattr(model.config, "max_position_embeddings", None)

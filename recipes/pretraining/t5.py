@@ -223,12 +223,12 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import T5ForConditionalGeneration
 
-    from recipes.common.optimizers import refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon
     from recipes.common.span_corruption import lengths, longest_text
 
     t5 = config.t5
     if "muon" in (t5.optimizer, config.finetuning.optimizer):
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     if not isinstance(model, T5ForConditionalGeneration):
         raise UserError(f"model: {type(model).__name__} is not T5: set model_type: t5, or give a T5's name")
     problems = []

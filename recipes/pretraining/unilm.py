@@ -188,12 +188,12 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
 
-    from recipes.common.optimizers import refuse_muon_on_shards
+    from recipes.common.optimizers import check_muon
     from recipes.common.prefix_masks import SEGMENTS
 
     unilm = config.unilm
     if unilm.optimizer == "muon":
-        refuse_muon_on_shards(config.training)
+        check_muon(config.training)
     if not isinstance(model, BertForPreTraining):
         raise UserError(f"model: UniLM is a BERT under four masks, not a {type(model).__name__}: set model_type: bert")
     problems = []

@@ -1,10 +1,11 @@
-"""PPO's recipe with answers that do not depend on the number of processes, each drawn alone, by a seed of its prompt's own: a
-script for test_ppo.py."""
+"""PPO's recipe with answers that do not depend on the number of processes, each drawn alone, by a seed of its prompt's own
+(and of how many answers the prompt has got before): a script for test_ppo.py."""
 
 from __future__ import annotations
 
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,13 @@ sampled = generation.generate_ids
 
 def seeded(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
     """`generate_ids`, prompt by prompt."""
-    return [
-        sampled(model, [prompt], **{**options, "seed": zlib.crc32(str(list(prompt)).encode())})[0] for prompt in prompts
-    ]
+    seen: Counter[str] = Counter()
+    answers = []
+    for prompt in prompts:
+        name = str(list(prompt))
+        seen[name] += 1
+        answers += sampled(model, [prompt], **{**options, "seed": zlib.crc32(f"{name}{seen[name]}".encode())})
+    return answers
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def test_right_answers_of_ones_own_stand_above_wrong_ones(monkeypatch, tiny, tmp
     assert (found["completions"], found["ranks"]) == (["c", "k", "K."], [1.0, 0.0, 0.0])
     both = own(monkeypatch, tiny, tmp_path, answers, candidates="both")
     assert [(row["completions"], row["ranks"]) for row in both] == [
-        (["c", "k", "K."], [1.0, 0.0, 0.0]),
+        (["k", "c", "K."], [0.0, 1.0, 0.0]),
         (["k", "c", "q"], [0.0, 1.0, 1.0]),
     ]
     with pytest.raises(UserError, match="nothing to prefer"):
@@ -320,6 +320,13 @@ def test_a_reward_models_best_and_worst_are_compared(monkeypatch, tiny, tmp_path
     found = own(monkeypatch, tiny, tmp_path, answers, candidates="sampled", judge="some/model")
     assert [row["completions"] for row in found] == [["k", "c"], ["b", "a"]]
     assert all(row["ranks"][0] == 0 < row["ranks"][1] for row in found)
+    both = own(monkeypatch, tiny, tmp_path, answers, candidates="both", judge="some/model")  # the data's best: k
+    assert [row["completions"] for row in both] == [["k", "c"], ["q", "k"], ["k", "a"]]
+
+
+def test_the_held_out_loss_is_the_one_that_was_trained_with():
+    assert dpo.loss_figures(0.5, ["sigmoid"]) == {"eval_loss": 0.5, "baseline_loss": math.log(2)}
+    assert dpo.loss_figures(25.0, ["ipo"]) == {"eval_loss": 25.0}
 
 
 # ---------------------------------------------------------------- end to end
@@ -336,11 +343,12 @@ def test_held_out_pairs_are_ranked_better_than_without_preferences(trained):
     figures = json.loads((trained / "metrics.json").read_text())
     history = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert figures["reward_accuracy"] > figures["baseline_accuracy"] + 0.1
-    assert figures["reward_margin"] > 0 and figures["eval_loss"] < figures["baseline_loss"] == 0.6931
+    assert figures["reward_margin"] > 0 and figures["eval_loss"] < figures["baseline_loss"] == math.log(2)
     assert figures["chosen_logp_change"] > figures["rejected_logp_change"]
     assert figures["kl"] > 0
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and history[0]["grad_norm"] > 0
-    assert history[-1]["rewards/margins"] > 0.1
+    assert history[-2]["rewards/margins"] > 0.1
+    assert history[-1]["eval_loss"] == figures["eval_loss"]
     for plot in ("loss", "accuracy", "margins", "log_probabilities"):
         assert (trained / "plots" / f"{plot}.png").stat().st_size > 5_000
     assert "greedy answers changed" in (trained / "samples" / "before_and_after.txt").read_text()

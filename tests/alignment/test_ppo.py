@@ -305,13 +305,20 @@ TWO = {  # a pass is one minibatch: which rows come together does not depend on 
         {},
         {"ppo__critic": "shared", "ppo__pretraining_coefficient": 0.5, "ppo__entropy_coefficient": 0.01},
         {"ppo__critic_warmup": 1},  # DDP waits for the policy's gradients in that step too
+        {
+            "ppo__critic": "others",
+            "ppo__answers": 4,
+            "lora__r": 4,
+            "lora__lora_alpha": 8,
+            "lora__target_modules": "[v_proj, o_proj, up_proj, down_proj]",
+        },
     ],
-    ids=["separate", "shared", "warmup"],
+    ids=["separate", "shared", "warmup", "others"],
 )
 def test_two_processes_take_the_steps_of_one(tiny, judge, preferences, prose, tmp_path, execute, more):
     """LAUNCH=ddp NPROC=2 on CPU, each with half of the answers: the figures and the weights of one process with all.
 
-    All that is changed is what the answers are drawn by: a seed of their prompt's own here, each process's otherwise.
+    All that is changed is what the answers are drawn by: seeds of their prompt's own here, each process's otherwise.
     """
     from safetensors.torch import load_file
 
@@ -329,12 +336,39 @@ def test_two_processes_take_the_steps_of_one(tiny, judge, preferences, prose, tm
     one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
     assert [row["step"] for row in two] == [1, 2, 3, 4] and two[-1]["kl"] != 0 and two[0]["ratio_error"] == 0
     names = {"loss", "policy_loss", "value_loss", "clip_fraction", "update_kl", "reward", "kl", "entropy"}
-    for name in (
-        names | {"explained_variance", "response_length", "kl_coefficient"} | ({"text_loss"} if text else set())
-    ):
+    names |= {"response_length", "kl_coefficient"} | ({"text_loss"} if text else set())
+    for name in names | ({"explained_variance"} if more.get("ppo__critic") != "others" else {"informative"}):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=2e-4, rel=1e-3), name
     start = load_file(tiny / "model.safetensors")
     ours, whole = (load_file(f / "model" / "model.safetensors") for f in reversed(folders))
+    for name, weight in whole.items():
+        assert (ours[name] - weight).norm() < 0.02 * (weight - start[name]).norm() + 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["zero2", "zero3"])
+def test_a_sharded_run_takes_the_steps_of_one_process(tiny, judge, preferences, tmp_path, execute, launch):
+    """Policy, critic and reference cut in two: answers, figures and the saved policy are those of one process."""
+    from safetensors.torch import load_file
+
+    pytest.importorskip("deepspeed")
+    script, folders = Path(__file__).parent / "seeded_ppo.py", []
+    for processes in (1, 2):
+        size = {"training__per_device_train_batch_size": 32 // processes}
+        given = arguments(tiny, judge, preferences, tmp_path / str(processes), **TWO, **size)
+        before = ["tests/sharded_on_cpu.py", launch, "2"] if processes > 1 else []
+        done = execute(
+            [sys.executable, *before, script, *given], timeout=600, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT)
+        )
+        assert done.returncode == 0, done.stderr
+        folders.append(tmp_path / str(processes) / "ppo" / "default")
+    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+    assert len(two) == 4 and two[-1]["kl"] != 0 and two[0]["ratio_error"] == 0
+    for name in ("loss", "policy_loss", "value_loss", "reward", "kl", "entropy", "explained_variance"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=2e-4, rel=1e-3), name
+    start = load_file(tiny / "model.safetensors")
+    ours, whole = (load_file(f / "model" / "model.safetensors") for f in reversed(folders))
+    assert ours.keys() == whole.keys()
     for name, weight in whole.items():
         assert (ours[name] - weight).norm() < 0.02 * (weight - start[name]).norm() + 1e-5, name
 

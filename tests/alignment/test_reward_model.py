@@ -317,7 +317,9 @@ def test_stock_pipeline_serves_the_score(trained):
 
 
 @pytest.mark.slow
-def test_demonstrations_score_zero_on_average(tiny, preferences, tmp_path):
+@pytest.mark.parametrize("likelihood", [0.0, 0.3])
+def test_demonstrations_score_zero_on_average(tiny, preferences, tmp_path, likelihood):
+    """The head's own mean and spread are kept beside those of the score, which may hold the answer's likelihood."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     rows = []
@@ -327,6 +329,7 @@ def test_demonstrations_score_zero_on_average(tiny, preferences, tmp_path):
     shown = tmp_path / "shown.jsonl"
     shown.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = {"demonstrations__name": shown, "demonstrations__validation_fraction": 0.5, "training__max_steps": 4}
+    more["reward__likelihood_coefficient"] = likelihood
     assert run(tiny, preferences, tmp_path, **more) == 0
     saved = tmp_path / "reward_model" / "default" / "model"
     model, tokenizer = (c.from_pretrained(saved) for c in (AutoModelForSequenceClassification, AutoTokenizer))
@@ -338,7 +341,11 @@ def test_demonstrations_score_zero_on_average(tiny, preferences, tmp_path):
     scores = [
         model(**tokenizer.apply_chat_template(m, return_tensors="pt", return_dict=True)).logits.item() for m in held_out
     ]
-    assert len(scores) > 5 and model.config.reward_mean == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+    assert len(scores) > 5 and model.config.reward_head_mean == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+    assert (model.config.reward_mean == model.config.reward_head_mean) == (likelihood == 0)
+    figures = json.loads((saved.parent / "metrics.json").read_text())
+    card = (saved.parent / "README.md").read_text()
+    assert ("head_accuracy" in figures) == ("The head alone ranks" in card) == (likelihood > 0)
 
 
 def test_balanced_weights_leave_nothing_to_gain_from_length():
@@ -405,7 +412,9 @@ def test_balanced_pairs_lower_the_length_bias_and_raise_accuracy_where_length_te
     assert balanced["reward_accuracy"] > biased["reward_accuracy"]
 
 
-def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny):
+@pytest.mark.parametrize("likelihood", [0.0, 0.7])
+def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny, likelihood):
+    """With a likelihood in the score the head is taught by itself too: it is what the stock class serves."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
@@ -415,25 +424,32 @@ def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny):
         {"sequences": [[5, 9, 1], [5, 8, 8, 1], [5, 7, 1]], "ranks": [0, 1, 2], "start": 1, "length": 4},
         {"sequences": [[6, 9, 9, 9, 1], [6, 8, 1]], "ranks": [0, 1], "start": 1, "length": 5},
     ]
-    knobs = reward_model.Reward(margin=0.5, centering_coefficient=0.1, balance_lengths=True, language_coefficient=0.3)
+    knobs = reward_model.Reward(
+        margin=0.5, centering_coefficient=0.1, balance_lengths=True, language_coefficient=0.3,
+        likelihood_coefficient=likelihood,
+    )  # fmt: skip
     arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
     config = reward_model.Config(Model(), Data(), knobs, arguments, Evaluation(), Run())
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    model.config.reward_likelihood = likelihood
     data, tokenizer = Dataset.from_list(rows), AutoTokenizer.from_pretrained(tiny)
     trainer = reward_model.make_trainer(model, tokenizer, data, data, config)
     batch = reward_model.collate(rows, fill=0)
     found = trainer.compute_loss(model, batch)
 
     ids, mask = rlhf.pad([sequence for row in rows for sequence in row["sequences"]], 0, "right")  # a row an answer
-    scores = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+    head = model(input_ids=ids, attention_mask=mask).logits[:, 0]
     told, ranks, group = shared(rows)
+    logprobs = rlhf.answer_logprobs(model, states_of(model, told), told)  # [2, 3, R]
+    scores = head + likelihood * logprobs.sum(dim=2)[told.mask.any(dim=2)]
     tilt, scale = figures_of.length_balance(data)
     lengths = torch.tensor([3.0, 4, 3, 5, 3])
     weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))
     expected = rlhf.ranking_loss(scores, ranks, group, 0.5, weights)
     expected = expected + 0.1 * rlhf.centering_loss(scores, ranks, group)
-    logprobs = rlhf.answer_logprobs(model, states_of(model, told), told)
+    if likelihood:
+        expected = expected + rlhf.ranking_loss(head, ranks, group, 0.5, weights)
     language = -logprobs[[0, 1], 0][told.mask[[0, 1], 0].bool()].mean()  # of the best answers, which come first here
     expected = expected + 0.3 * language
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

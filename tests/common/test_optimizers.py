@@ -18,6 +18,7 @@ ARGS = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_epsilon": 1e-8,
+    "optim": "adamw_torch_fused",
     "deepspeed": None,
     "fsdp": None,
 }
@@ -51,6 +52,11 @@ def test_it_is_refused_where_matrices_are_sharded(
         changes = {"deepspeed": "zero2.json"} if library == "DeepSpeed" else {"fsdp": "full_shard"}
     with pytest.raises(UserError, match=f"{library} hands the optimizer pieces.*optimizer: adamw"):
         muon_with_adamw(model, SimpleNamespace(**{**ARGS, **changes}), 0.01)
+
+
+def test_another_optimizer_is_not_left_out_without_a_word(model: Any) -> None:
+    with pytest.raises(UserError, match=r"training\.optim: adafactor would do nothing.*optimizer: adamw"):
+        muon_with_adamw(model, SimpleNamespace(**{**ARGS, "optim": "adafactor"}), 0.01)
 
 
 def test_batched_muon_is_muon() -> None:

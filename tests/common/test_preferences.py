@@ -74,6 +74,20 @@ def test_words_baseline_learns_words_and_neither_their_order_nor_the_prompt():
     assert figures_of.words_baseline(train, rows("5", "4", 4)) == 0
     assert figures_of.words_baseline(train, rows("1 2 3", "3 2 1", 4)) == 0.5
     assert figures_of.words_baseline(rows("1 2", "2 1", 5), rows("1 2", "2 1", 5)) == 0.5
+    assert (
+        figures_of.words_baseline(rows("tea", "eat", 5), rows("Tea!", "Eat!", 5)) == 1
+    )  # words, and not letters alone
+
+
+def test_baselines_learn_from_so_many_pairs(monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr(figures_of, "BASELINE_PAIRS", 6)
+    train = Dataset.from_list(
+        [{"ranks": [0, 1, 2]}, {"ranks": [0, 0]}, {"ranks": [0, 1, 1]}, {"ranks": [1, 0]}, {"ranks": [0, 1]}]
+    )
+    assert len(figures_of._few(train)) == 4  # 3 + 0 + 2 + 1 pairs
+    assert len(figures_of._few(train.select(range(2)))) == 2
 
 
 def test_lengths_that_cannot_be_balanced_are_refused_and_equal_ones_need_no_weights():

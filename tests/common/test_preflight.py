@@ -169,6 +169,15 @@ def test_the_table_is_the_paper_s() -> None:
     assert alone * GIB == pytest.approx(2 * 7.5e9 / 64 + 1e9)  # frozen: the weights alone are shared out
 
 
+def test_frozen_models_beside_it_are_whole_on_every_device_but_under_stage_3() -> None:
+    model, frozen = (torch.nn.Linear(1000, 1000, bias=False) for _ in range(2))
+    for bf16, size in ((False, 4e6), (True, 2e6)):
+        args = settings(bf16=bf16, world_size=4)
+        alone, both = (estimate.memory_per_device(model, args, 0, frozen=some) for some in ((), (frozen,)))
+        more = {stage: (both[stage] - alone[stage]) * GIB for stage in alone}
+        assert more == pytest.approx({"zero0": 4e6, "zero1": size, "zero2": size, "zero3": size / 4})
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody else tells what of a mapped file is in memory")
 def test_weights_that_nobody_read_yet_are_counted(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM

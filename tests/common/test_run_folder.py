@@ -40,7 +40,7 @@ def checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     made = folder / "checkpoints" / f"checkpoint-{step}"
     made.mkdir(parents=True)
     if complete:
-        (made / COMPLETE).touch()
+        RunFolder(folder, recipe="test").mark_complete(made, {})
     return made
 
 
@@ -251,6 +251,18 @@ def test_resume_may_take_another_time_limit(tmp_path: Path) -> None:
     checkpoint(run.path, 4)
     again = opened(run.path, resume=True, fingerprint=CONFIG + "  time_limit_minutes: null\n")
     assert again.resume_from == run.checkpoints / "checkpoint-4"
+
+
+def test_a_resumed_run_counts_what_earlier_sittings_took(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    run.started -= 100
+    saved = checkpoint(run.path, 4)
+    run.mark_complete(saved, {"tokens_per_second": 5.0})
+    again = opened(run.path, resume=True)
+    assert again.figures == {"tokens_per_second": 5.0}  # of the steps before: it may take none itself
+    assert 100 <= again.seconds_before <= again.wall_seconds() < 110
+    again.started -= 7
+    assert 107 <= again.wall_seconds() < 120
 
 
 def test_checkpoints_of_other_names_are_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -135,6 +136,8 @@ def test_a_time_limit_stops_as_a_signal_does(arguments: Any, tmp_path: Path) -> 
 def test_a_finished_loop_resumed_takes_no_step(arguments: Any, tmp_path: Path) -> None:
     run = made(tmp_path / "run")
     expected, _ = train(run, arguments())
+    last = json.loads((run.checkpoints / "checkpoint-10" / "complete").read_text())
+    assert last["speed"] == {key: run.figures[key] for key in ("tokens_per_second", "mfu", "step_seconds")}
     weights, losses = train(resumed(run), arguments())
     assert losses == []
     torch.testing.assert_close(weights, expected, atol=0, rtol=0)
@@ -219,6 +222,21 @@ def test_processes_that_formed_no_group_are_refused(monkeypatch: pytest.MonkeyPa
         make_accelerator(args)
     with pytest.raises(UserError, match="2 processes were started, and the group that they formed has 1"):
         fit(SimpleNamespace(args=args, accelerator=alone), None)
+
+
+def test_a_loop_refuses_what_only_a_trainer_does(arguments: Any) -> None:
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(
+        output_dir="unused", use_cpu=True, bf16=False, eval_strategy="epoch", report_to="tensorboard"
+    )
+    with pytest.raises(UserError) as caught:
+        make_accelerator(args)
+    assert [problem.split(" has no say")[0] for problem in caught.value.problems] == [
+        "training.eval_strategy: epoch", "training.report_to: tensorboard",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"training\.save_strategy: best has no say.*it saves every"):
+        make_accelerator(arguments(save_strategy="best"))
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])

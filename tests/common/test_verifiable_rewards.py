@@ -20,7 +20,7 @@ def test_the_last_number_counts_however_it_is_written() -> None:
 
 
 def test_a_function_of_ones_own_is_found_by_its_path() -> None:
-    assert find("math:fsum", []) is __import__("math").fsum
+    assert find("operator:concat", []) is __import__("operator").concat
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_a_function_of_ones_own_is_found_by_its_path() -> None:
         ("tasks", "reads the column task, which the data lacks. Columns: prompt, answer"),
         ("nowhere:reward", "cannot be imported"),
         ("math:reward", "cannot be imported"),
+        ("math:pi", "cannot be called with answers and their rows"),
+        ("json:dumps", "cannot be called with answers and their rows: too many positional arguments"),
     ],
 )
 def test_what_is_not_there_is_refused(name: str, told: str) -> None:

@@ -280,6 +280,11 @@ BAD: dict[str, tuple[Changes, str]] = {
     "tied embeddings": ({"lora.target_modules": "[embed_tokens]"}, "model.embed_tokens is one with lm_head (tied"),
     "tied embeddings, whole": ({"lora.modules_to_save": "[lm_head]"}, "lm_head is one with model.embed_tokens (tied"),
     "an adapter as the model": ({"model.name": "{adapter}"}, "is an adapter, and no model without its base"),
+    "a token that is none": (
+        {"lora.trainable_token_indices": "[99999]"},
+        "lora.trainable_token_indices: 99999 is no id of",
+    ),
+    "another library's layers": ({"lora.megatron_config": "{a: 1}"}, "lora.megatron_config: Megatron's layers are"),
     "no tokens to learn": ({"lora.trainable_token_indices": "[]"}, "lora.trainable_token_indices: it names no token"),
 }
 
