@@ -51,7 +51,7 @@ STAGES = [
         "llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9, takes={"model.tokenizer": "tokenizer"}
     ),
     Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2, takes={"model.name": "llama"}),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 4.4, takes={"model.name": "full"}),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 2.5, takes={"model.name": "full"}),
     Stage(
         "ppo",
         "alignment",
@@ -156,7 +156,7 @@ def report(root: Path, summary: dict[str, Any], measured: dict[str, dict[str, An
             shutil.copyfile(plot, copy)
             pictures.append(f"**{stage.recipe}: {plot.stem.replace('_', ' ')}**\n\n![{plot.stem}](plots/{copy.name})")
     s = summary
-    speed = measured["llama"]
+    speed, judged = measured["llama"], measured["reward_model"]
     stages = [
         "| stage | what it learned | figure | before / baseline |",
         "|---|---|---|---|",
@@ -166,7 +166,8 @@ def report(root: Path, summary: dict[str, Any], measured: dict[str, dict[str, An
         f"xz -9 {s['xz_bits_per_byte']:.2f}; after the training text {s['xz_primed_bits_per_byte']:.2f} |",
         f"| SFT | answers on held-out tasks | **{s['sft_exact_match']:.1%}** exact (greedy), {s['sft_sampled_exact_match']:.1%} sampled | "
         f"{s['base_exact_match']:.1%} |",
-        f"| reward model | which answer is better | **{s['reward_accuracy']:.1%}** of held-out pairs | 50% |",
+        f"| reward model | which answer is better | **{s['reward_accuracy']:.1%}** of held-out pairs, "
+        f"{judged['head_accuracy']:.1%} by its head alone | {judged['baseline_accuracy']:.1%} |",
         f"| PPO | the learned reward, nothing else | **{s['ppo_sampled_exact_match']:.1%}** exact sampled, {s['ppo_exact_match']:.1%} greedy | "
         f"{s['sft_sampled_exact_match']:.1%} sampled, {s['sft_exact_match']:.1%} greedy |",
     ]
@@ -197,15 +198,18 @@ def main(argv: list[str]) -> int:
         for stage in STAGES:
             if (folder_of(root, stage.recipe) / "config.yaml").exists():
                 shutil.rmtree(folder_of(root, stage.recipe))
-    started = time.perf_counter()
+    started, planned = time.perf_counter(), 0.0  # minutes of the stages that were run
     for number, stage in enumerate(STAGES, 1):
-        left = sum(s.minutes for s in STAGES[number - 1 :])
+        so_far = time.perf_counter() - started
+        pace = so_far / 60 / planned if planned else 1.0  # of this machine
+        left = pace * sum(s.minutes for s in STAGES[number - 1 :])
         head = f"[{number}/{len(STAGES)}] {stage.title}"
         if (folder_of(root, stage.recipe) / "metrics.json").exists():
             print(f"\n{head}: done before, kept", flush=True)
             continue
-        print(f"\n{head} · {duration(time.perf_counter() - started)} so far · about {left:.0f} min left\n", flush=True)
+        print(f"\n{head} · {duration(so_far)} so far · about {left:.0f} min left\n", flush=True)
         run_stage(stage, root, extra)
+        planned += stage.minutes
     measured = figures(root)
     try:
         summary = summarise(measured)

@@ -28,6 +28,7 @@ STORE = ROOT / "benchmarks" / "recipes.json"
 
 # What several figures are, English and Chinese.
 PACKAGES_TOLD = ("of held-out docstrings put to their package, 512 labels", "留出文档串归包正确（512 个标注）")
+PAIRS_RIGHT = ("held-out pairs ranked right", "留出对排序正确")
 SUMMARY_LOSS = ("nats a token of a docstring's first sentence", "奈特/摘要词元")
 # What stands in the table of the README: figure, what it is (English, Chinese), its baseline.
 HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
@@ -86,7 +87,10 @@ HEADLINES: dict[str, list[tuple[str, str, str, str | None]]] = {
     "p_tuning_v2": [
         ("macro_f1", "mean F1 of the kinds of Python tokens", "Python 词元各类别的平均 F1", "majority_macro_f1"),
     ],
-    "reward_model": [("reward_accuracy", "held-out pairs ranked right", "留出对排序正确", "baseline_accuracy")],
+    "reward_model": [
+        ("reward_accuracy", *PAIRS_RIGHT, "baseline_accuracy"),
+        ("head_accuracy", "by the head alone", "只用标量头", "baseline_words_accuracy"),
+    ],
 }
 TASKS_RIGHT = ("exact_match", "held-out tasks exactly right", "留出任务完全正确", "baseline_exact_match")
 SAMPLED = (
@@ -104,6 +108,7 @@ for _name in ("ppo", "dpo", "grpo"):
 
 # The same of the runs on real data (`make <recipe> CONFIG=real`).
 MULTI30K = ("BLEU, Multi30k English to German, test_2016", "BLEU（Multi30k 英译德，test_2016）")
+ALPACA_LOSS = ("nats a token, Alpaca, English and Chinese", "奈特/词元（Alpaca 中英文）")
 REAL: dict[str, list[tuple[str, str, str, str | None]]] = {
     "t5": [("task_translation_bleu", *MULTI30K, "baseline_task_translation_bleu")],
     "bart": [("translation_bleu", *MULTI30K, "baseline_translation_bleu")],
@@ -121,6 +126,20 @@ REAL: dict[str, list[tuple[str, str, str, str | None]]] = {
             "nats a character, tiny-shakespeare, held out",
             "奈特/字符（tiny-shakespeare 留出部分）",
             "unigram_loss_per_character",
+        )
+    ],
+    "llama": [
+        ("bits_per_byte", "bits a byte, tiny-shakespeare", "比特/字节（tiny-shakespeare）", "xz_primed_bits_per_byte")
+    ],
+    "full": [("eval_loss", *ALPACA_LOSS, "baseline_loss")],
+    "lora": [("eval_loss", *ALPACA_LOSS, "baseline_loss")],
+    "p_tuning_v2": [("accuracy", "of CLINC150's test intents", "CLINC150 测试意图正确", "majority_accuracy")],
+    "reward_model": [
+        (
+            "reward_accuracy",
+            "hh-rlhf's harmless pairs, held out",
+            "hh-rlhf 无害偏好对（留出）",
+            "baseline_words_accuracy",
         )
     ],
 }

@@ -40,6 +40,7 @@ def measured() -> dict[str, dict[str, Any]]:
     for i, (recipe, figure) in enumerate(script.SUMMARY.values()):
         told[recipe][figure] = 0.01 * (i + 1)
     told["llama"]["parameters"] = 1234
+    told["reward_model"] |= {"head_accuracy": 0.91, "baseline_accuracy": 0.87}
     return told
 
 
@@ -110,6 +111,7 @@ def test_the_summary_and_the_report_hold_what_the_stages_measured(chain: Any, tm
     assert summary["wall_seconds"] == 300.0 and summary["peak_memory_gib"] == 5.0
     text = (folder / "README.md").read_text()
     assert "5m00s on this machine, 5.0 GiB" in text and "1,234 parameters" in text
+    assert "91.0% by its head alone | 87.0% |" in text
     assert text.count("✗") + text.count("✓") == 3 * 14  # 14 questions, answered by three models
     for stage in STAGES:
         assert (folder / "plots" / f"{stage}-loss.png").read_bytes() == b"a picture"

@@ -25,7 +25,7 @@ Three more, all off by default, are about what the scores are to look like:
 InstructGPT: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; GRM: Yang et al. 2024, https://arxiv.org/abs/2406.10216
 Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
 
-    make reward_model                                       # laptop, offline, 5 to 8 minutes, from `make full`
+    make reward_model                                       # laptop, offline, 3 to 5 minutes, from `make full`
     make reward_model CONFIG=length_debiased                # laptop, with pairs of which length tells nothing
     make reward_model CONFIG=real                           # laptop, human preferences (hh-rlhf)
     make reward_model CONFIG=gpu                            # one GPU, a public model and preference set

@@ -438,6 +438,7 @@ def test_a_text_and_what_it_becomes_is_recognised_or_mapped():
 
 def test_a_labelled_text_serves_as_text_and_a_text_has_no_class():
     assert canonical_row({"text": "a", "label": "x"}, "text") == {"text": "a"}
+    assert formats.convert({"source": "a", "target": "b"}, "pair", "text") == {"text": "a\nb"}
     with pytest.raises(BadRow, match="no label column"):
         canonical_row({"text": "a"}, "classification")
     with pytest.raises(BadRow, match="label is true"):
