@@ -133,7 +133,7 @@ REAL: dict[str, list[tuple[str, str, str, str | None]]] = {
     ],
     "full": [("eval_loss", *ALPACA_LOSS, "baseline_loss")],
     "lora": [("eval_loss", *ALPACA_LOSS, "baseline_loss")],
-    "p_tuning_v2": [("accuracy", "of CLINC150's test intents", "CLINC150 测试意图正确", "majority_accuracy")],
+    "p_tuning_v2": [("accuracy", "of CLINC150's test intents", "CLINC150 测试意图正确", "baseline_accuracy")],
     "reward_model": [
         (
             "reward_accuracy",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.ppo_rollout import Models, Rollout, whole_policy
-from recipes.common.run_folder import RunFolder
+from recipes.common.run_folder import RunFolder, draw_curve
 from recipes.common.sections import Evaluation
 
 if TYPE_CHECKING:
@@ -75,16 +75,16 @@ def draw(run: RunFolder, learned: bool) -> None:
     reward, score = ("learned reward", "true score: never trained on") if learned else ("reward", "true score")
 
     def rewards(axes: Any) -> None:
-        axes.plot(steps, [row["reward"] for row in history], "C0", label=f"{reward}: what is maximised")
+        draw_curve(axes, steps, [row["reward"] for row in history], f"{reward}: what is maximised", color="C0")
         axes.set_xlabel("step")
         axes.set_ylabel(f"{reward}, standard deviations" if learned else reward)
-        lines = axes.get_lines()
+        handles = axes.get_legend_handles_labels()[0]
         if history[0].get("true_score") is not None:
             other = axes.twinx()
-            other.plot(steps, [row["true_score"] for row in history], "C1", label=score)
+            draw_curve(other, steps, [row["true_score"] for row in history], score, color="C1")
             other.set_ylabel("sampled answers that are right")
-            lines = [*lines, *other.get_lines()]
-        axes.legend(handles=lines, frameon=False, loc="lower right")
+            handles += other.get_legend_handles_labels()[0]
+        axes.legend(handles=handles, frameon=False, loc="lower right")
 
     def frontier(axes: Any) -> None:
         kl, gained = [row["kl"] for row in history], [row["reward"] for row in history]

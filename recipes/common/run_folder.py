@@ -182,7 +182,7 @@ class RunFolder:
                 points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
                 if points:
                     steps, values = zip(*points, strict=True)
-                    _draw_curve(axes, steps, values, key.replace("_", " "))
+                    draw_curve(axes, steps, values, key.replace("_", " "))
             axes.set_xlabel("step")
             axes.set_ylabel(label or name.replace("_", " "))
             if axes.has_data():
@@ -246,15 +246,15 @@ class RunFolder:
         return self._paragraphs
 
 
-def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str) -> None:
+def draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, **style: Any) -> None:
     """A few points with their marks, or a line; many points jump about, so theirs is faint, with their mean on top."""
     import numpy as np
 
-    window = len(values) // 40  # the mean of so many points, up to each
+    window = len(values) // (40 if len(values) >= 200 else 8)  # the mean of so many points, up to each
     if window < 5:
-        axes.plot(steps, values, "o-" if len(values) < 40 else "-", markersize=3, label=label)
+        axes.plot(steps, values, "o-", markersize=3, label=label, **style)
         return
-    (faint,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
+    (faint,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3, **style)
     mean = np.convolve(values, np.full(window, 1 / window), "valid")
     axes.plot(steps[window - 1 :], mean, color=faint.get_color(), label=f"{label}, mean of {window}")
 

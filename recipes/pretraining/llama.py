@@ -14,7 +14,6 @@ cpu.yaml is llama1 with tied embeddings and Muon. The library's class is trained
 Touvron et al. 2023, https://arxiv.org/abs/2302.13971 and https://arxiv.org/abs/2307.09288
 
     make llama                                        # laptop, offline, minutes; CONFIG=llama1, CONFIG=llama2
-    make llama CONFIG=bilingual                       # laptop: goes on with English questions and their Chinese
     make llama CONFIG=gpu                             # one GPU, a public corpus
     make llama CONFIG=cluster LAUNCH=fsdp NPROC=8     # a node; scripts/ has SLURM
 

@@ -15,7 +15,7 @@ from recipes.common.errors import UserError
 from recipes.common.run_folder import (
     COMPLETE,
     RunFolder,
-    _draw_curve,
+    draw_curve,
     folder_written_atomically,
     last_complete_checkpoint,
     open_folder,
@@ -325,10 +325,13 @@ def test_a_curve_of_many_points_has_its_mean_on_top() -> None:
 
     values = [float(step % 2) for step in range(400)]
     few, many = Figure().add_subplot(), Figure().add_subplot()
-    _draw_curve(few, range(100), values[:100], "loss")
+    draw_curve(few, range(30), values[:30], "loss")
     assert [line.get_label() for line in few.lines] == ["loss"]
-    _draw_curve(many, range(400), values, "loss")
+    draw_curve(many, range(400), values, "loss")
     points, mean = many.lines
     assert list(points.get_ydata()) == values
     assert list(mean.get_xdata()) == list(range(9, 400)) and set(mean.get_ydata()) == {0.5}
     assert mean.get_label() == "loss, mean of 10"
+    some = Figure().add_subplot()
+    draw_curve(some, range(64), values[:64], "loss", color="C1")
+    assert [line.get_color() for line in some.lines] == ["C1", "C1"] and some.lines[1].get_label() == "loss, mean of 8"

@@ -242,7 +242,9 @@ def test_real_instructions_in_two_languages(
         "training.max_length": 256,
         "training.learning_rate": 5e-3,
     }
-    done = run_in_process(full, ["--config", "real", *arguments(chat_model, files, few)], tmp_path)
+    done = run_in_process(
+        full, ["--config", "real", "--run.name", "real", *arguments(chat_model, files, few)], tmp_path
+    )
     assert done.code == 0, done.err
     assert "exact_match" not in done.figures
     assert done.figures["eval_loss"] < done.figures["baseline_loss"] - 0.5
