@@ -12,6 +12,7 @@ Liu et al. 2022, https://arxiv.org/abs/2110.07602
 
     make p_tuning_v2                                    # laptop, offline, 3 minutes: the kinds of words in Python code
     make p_tuning_v2 CONFIG=classify                    # laptop: which package a docstring is from
+    make p_tuning_v2 CONFIG=real                        # laptop: CLINC150's intents, on what `make bert CONFIG=real` made
     make p_tuning_v2 CONFIG=gpu                         # one GPU: BERT-large tags names in Wikipedia
     make p_tuning_v2 CONFIG=cluster LAUNCH=ddp NPROC=8  # a node; scripts/ has SLURM
 
