@@ -52,8 +52,7 @@ def plan(root: Path, seeds: int, model: Path | None) -> list[Step]:
     for seed in range(seeds):
         seeded = (*start, "--training.seed", str(seed))
         steps += [
-            # on the prompts of the other two; its laptop config has others
-            Step("dpo", "alignment", "dpo", f"seed{seed}", (*seeded, "--data.name", "tasks")),
+            Step("dpo", "alignment", "dpo", f"seed{seed}", seeded),
             Step("ppo", "alignment", "ppo", f"seed{seed}", (*seeded, *judge)),
             Step("grpo", "alignment", "grpo", f"seed{seed}", seeded),
         ]

@@ -5,7 +5,8 @@
 
 llama   pretraining, 12M parameters, batch 8 x 512 (on a GPU `make llama CONFIG=gpu`'s model and batch): ours, the
         transformers Trainer's defaults, a minimal loop
-bert    pretraining at the recipe's laptop config: the recipe, the transformers Trainer's defaults on its model and rows
+bert    pretraining at the recipe's laptop config (on a GPU gpu.yaml's model and batch): the recipe, the transformers
+        Trainer's defaults on its model and rows
 t5      the same
 data    per cent of a step that bert, t5, unilm, glm and bart wait for their next batch: goal below 5
 sft     tokens a second that are not padding, on ../shared/data's alpaca: ours, packed, against TRL's default and TRL's packing

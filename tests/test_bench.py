@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_chat import make_tokenizer, save_tokenizer_and_model
 
 from recipes.common import machine
+from recipes.common.config import load_config
 from scripts import bench
 from scripts.bench_rows import finetuning, harness, materials, pretraining, recipe_runs
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_contestants_take_turns_in_both_orders() -> None:
@@ -156,6 +160,21 @@ def test_a_recipe_is_timed_in_its_own_training_and_left(tiny: Any, monkeypatch: 
     assert len(timed.seconds) == len(timed.waits) == 3
     assert all(4 * 0.02 <= wait < second for wait, second in zip(timed.waits, timed.seconds, strict=True))
     assert training.fit is fit
+
+
+@pytest.mark.parametrize("recipe", pretraining.CORRUPTING)
+def test_on_a_gpu_a_recipe_is_timed_at_its_real_sizes_on_data_that_needs_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str
+) -> None:
+    assert recipe_runs.config_of_this_machine(f"pretraining.{recipe}", tmp_path) == {}
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    written = recipe_runs.config_of_this_machine(f"pretraining.{recipe}", tmp_path)["config"]
+    folder = ROOT / "configs" / "pretraining" / recipe
+    timed, laptop, real = (yaml.safe_load(f.read_text()) for f in (written, folder / "cpu.yaml", folder / "gpu.yaml"))
+    assert timed["model"] == real["model"] and timed["training"] == real["training"]
+    assert timed["data"] == laptop["data"]
+    module = importlib.import_module(f"recipes.pretraining.{recipe}")
+    assert load_config(module.Config, ["--config", str(written)], config_folder=folder).values["data"]["name"] == "pydocs"
 
 
 def test_a_recipe_that_refuses_its_input_is_a_failure(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

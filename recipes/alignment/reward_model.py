@@ -294,9 +294,8 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
                 lengths = rows.mask.sum(dim=2)[there]  # [N]; a prompt's answers share its prompt
                 weights = scale * torch.exp(-tilt * (lengths[:, None] - lengths[None, :]))  # [N, N]
             loss = ranking_loss(scores, ranks_of, group, knobs.margin, weights)
-            if (
-                knobs.likelihood_coefficient
-            ):  # with the likelihood most pairs are right, and the head would learn nothing
+            if knobs.likelihood_coefficient:
+                # with the likelihood most pairs are right from the start, and the head would learn nothing
                 head = answer_scores(self.model, states, rows, torch.zeros_like(logprobs))[there]
                 loss = loss + ranking_loss(head, ranks_of, group, knobs.margin, weights)
             if knobs.centering_coefficient:
@@ -432,6 +431,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import check_muon, muon_with_adamw
     from recipes.common.preferences import (
+        best_ranked,
         draw,
         length_baseline,
         length_bias,
@@ -514,20 +514,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     # InstructGPT shifts scores so that demonstrations get 0 on average; dividing by their spread lets one KL coefficient
     # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std. The
     # head's own pair is for a critic that starts from it.
-    demonstrated = shown if shown is not None else held_out
-    for name, head_alone in (("reward", False), ("reward_head", True)):
-        told = score_all(model, demonstrated, tokenizer, config, head_alone=head_alone)
-        good = [
-            score
-            for row, ranks in zip(told, demonstrated["ranks"], strict=True)
-            for score, rank in zip(row, ranks, strict=True)
-            if rank == 0
-        ]
+    head = scores
+    if knobs.likelihood_coefficient:
+        head = score_all(model, held_out, tokenizer, config, head_alone=True)
+        figures["head_accuracy"] = ranking_figures(head, held_out)["accuracy"]
+    for name, of_held_out, head_alone in (("reward", scores, False), ("reward_head", head, True)):
+        told, rows_of = of_held_out, held_out
+        if shown is not None:
+            told, rows_of = score_all(model, shown, tokenizer, config, head_alone=head_alone), shown
+        good = best_ranked(told, rows_of)
         setattr(model.config, f"{name}_mean", float(np.mean(good)))
         setattr(model.config, f"{name}_std", float(np.std(good)) or 1.0)
-        if head_alone and knobs.likelihood_coefficient:
-            head = told if shown is None else score_all(model, held_out, tokenizer, config, head_alone=True)
-            figures["head_accuracy"] = ranking_figures(head, held_out)["accuracy"]
     save_and_reload(model, tokenizer, held_out, run)
 
     draw(scores, held_out, run)

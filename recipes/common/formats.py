@@ -5,6 +5,7 @@
     preference    {"prompt": messages, "completions": [str, ...], "ranks": [int, ...]}, best first, ties allowed
     prompt        {"prompt": messages}, what precedes the answer
     classification {"text": str, "text_pair": str or None, "label": str}, one text or two and their class
+    scored_pair   {"text": str, "text_pair": str, "label": float}, two texts and a number: how alike they are
     pair          {"source": str, "target": str}, a text and what it is to become: a translation, a summary
 
 Words with their tags (`labelling`) are read by recipes/common/labelling.py.
@@ -16,6 +17,7 @@ for, or refused with the reason. Whatever is wrong with a row is a `BadRow` that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -33,7 +35,9 @@ from recipes.common.turns import (
     with_system,
 )
 
-Kind = Literal["text", "conversation", "preference", "prompt", "classification", "pair", "image", "image_caption"]
+Kind = Literal[
+    "text", "conversation", "preference", "prompt", "classification", "scored_pair", "pair", "image", "image_caption"
+]
 
 # Our name of a column -> the names that it goes by in the wild, most telling first.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -61,7 +65,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # A row may lack these even where data.columns maps them.
 OPTIONAL = frozenset({"input", "system", "history", "tools", "text_pair"})
 # Kinds whose rows have no turns, and so no tools; and those that say which tools they have among their own columns.
-WITHOUT_TURNS = ("text", "classification", "pair")
+WITHOUT_TURNS = ("text", "classification", "scored_pair", "pair")
 WITH_TOOLS = ("conversation", "preference")
 
 # What a native kind can serve as.
@@ -71,6 +75,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "preference": ("preference", "conversation", "prompt"),
     "prompt": ("prompt",),
     "classification": ("classification", "text"),
+    "scored_pair": ("scored_pair",),
     "pair": ("pair", "text"),
     "labelling": ("labelling",),
     "image": ("image",),
@@ -82,6 +87,7 @@ HOLDS: dict[str, str] = {
     "preference": "ranked answers",
     "prompt": "prompts without an answer",
     "classification": "texts with a class",
+    "scored_pair": "two texts with a number",
     "pair": "texts with what they become",
     "labelling": "words with their tags",
     "image": "images with labels",
@@ -93,6 +99,7 @@ NEEDS: dict[str, str] = {
     "preference": "two answers (chosen, rejected), or more with their order (prompt, completions, ranks or scores)",
     "prompt": "turns (messages), or a prompt",
     "classification": "a text and its class (text, label), and the second text if there are two (text_pair)",
+    "scored_pair": "two texts and a number (text, text_pair, label)",
     "pair": "a text and what it becomes (source, target)",
     "image": "an image and its class (image, label)",
     "image_caption": "an image and its caption (image, caption)",
@@ -220,6 +227,7 @@ _SCHEMAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "unanswered": (("prompt",), ("input",)),
     "text": (("text",),),
     "labelled": (("text", "label"),),
+    "scored": (("text", "text_pair", "label"),),
     "mapped": (("source", "target"),),
 }
 _TRIED: dict[str, tuple[str, ...]] = {
@@ -228,6 +236,7 @@ _TRIED: dict[str, tuple[str, ...]] = {
     "preference": ("k_way", "pair"),
     "prompt": ("k_way", "pair", "turns", "answered", "unanswered"),
     "classification": ("labelled",),
+    "scored_pair": ("scored",),
     "pair": ("mapped",),
 }
 _NATIVE = {
@@ -238,6 +247,7 @@ _NATIVE = {
     "unanswered": "prompt",
     "text": "text",
     "labelled": "classification",
+    "scored": "scored_pair",
     "mapped": "pair",
 }
 
@@ -297,6 +307,7 @@ def _schema_or_problem(
         "conversation": ("prompt", "completion"),
         "preference": ("chosen", "rejected"),
         "classification": ("text", "label"),
+        "scored_pair": ("text", "text_pair", "label"),
         "pair": ("source", "target"),
     }.get(kind, ())
     lacks = [ours for ours in halves if ours not in names]
@@ -310,6 +321,7 @@ def _schema_or_problem(
             "preference": ["chosen", "rejected", "completions"],
             "prompt": ["messages", "prompt"],
             "classification": ["text", "label"],
+            "scored_pair": ["text", "text_pair", "label"],
             "pair": ["source", "target"],
         }[kind]
     return _missing(lacks, columns, kind)
@@ -354,6 +366,18 @@ def _read_labelled(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[st
         "label": str(label),
     }
     return "classification", result, {"text", "text_pair", "label"}
+
+
+def _read_scored(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
+    result: dict[str, Any] = {ours: string(row[names[ours]], names[ours]) for ours in ("text", "text_pair")}
+    value = row[names["label"]]
+    try:
+        result["label"] = float(value)  # a table has numbers as text
+    except (TypeError, ValueError):
+        result["label"] = math.nan
+    if isinstance(value, bool) or not math.isfinite(result["label"]):
+        raise BadRow(f"{names['label']} is {shown_type(value)}, not a number")
+    return "scored_pair", result, {"text", "text_pair", "label"}
 
 
 def _read_mapped(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
@@ -511,5 +535,6 @@ _READERS = {
     "pair": _read_pair,
     "k_way": _read_k_way,
     "labelled": _read_labelled,
+    "scored": _read_scored,
     "mapped": _read_mapped,
 }

@@ -34,7 +34,8 @@ IGNORED = -100
 
 
 def load_rows(data: Data) -> DatasetDict:
-    """Rows of words and tags as "train" and "validation": the builtin set, a JSON lines file, or a hub data set.
+    """Rows of words and tags as "train" and "validation": the builtin set, a JSON lines file or a folder of them (train.jsonl,
+    validation.jsonl), or a hub data set.
 
     data.columns may map `words` and `tags`; a hub set's numbered tags get their names. Raises UserError for anything else.
     """
@@ -63,7 +64,11 @@ def _read(data: Data) -> dict[str, Dataset]:
             f"data.name: {name} is no file, no hub id, and not `python_tokens`, the builtin set of TOKEN_CLS"
         )
     try:
-        read = load_dataset("json", data_files=name) if Path(name).exists() else load_dataset(name, data.subset)
+        if Path(name).is_dir():
+            files = {file.stem: str(file) for file in sorted(Path(name).glob("*.jsonl"))}
+            read = load_dataset("json", data_files=files)
+        else:
+            read = load_dataset("json", data_files=name) if Path(name).exists() else load_dataset(name, data.subset)
     except Exception as error:  # whatever a library makes of a file or of the hub: shown, and ended with
         raise UserError(f"data.name: {name} cannot be read: {str(error).splitlines()[0]}") from error
     for key in ("split", "validation_split"):

@@ -112,10 +112,12 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model section. `chat=True` requires a chat template.
+def load_tokenizer(
+    model: Model, run: RunFolder, *, chat: bool = False, writes: bool = True
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model section. `chat=True` requires a chat template, `writes=False` no end-of-text token.
 
-    Raises UserError if there is none to load, no end-of-text token, or no chat template where one is needed.
+    Raises UserError if there is none to load, or if it lacks what is required.
     """
     from transformers import AutoTokenizer
 
@@ -134,8 +136,10 @@ def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False) -> PreTr
             raise UserError(f"model.chat_template: {path} is not UTF-8 text: {error}") from error
     if chat and not tokenizer.chat_template:
         raise UserError(f"the tokenizer {name} has no chat template: give one with model.chat_template (a Jinja file)")
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and writes:
         raise UserError(f"the tokenizer {name} has no end-of-text token (eos_token), so no answer could ever end")
+    if tokenizer.eos_token is None and tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer {name} has neither a padding nor an end-of-text token (pad_token, eos_token)")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # only padding positions carry it, and those are masked
     return tokenizer

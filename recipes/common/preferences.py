@@ -131,6 +131,12 @@ def length_balance(data: Any) -> tuple[float, float]:
     return tilt, float(weights.sum() / (weights * np.exp(-tilt * differences)).sum())
 
 
+def best_ranked(scores: Scores, data: Any) -> list[float]:
+    """The scores of the answers of rank 0."""
+    pairs = zip(scores, data["ranks"], strict=True)
+    return [score for row, ranks in pairs for score, rank in zip(row, ranks, strict=True) if rank == 0]
+
+
 # ---------------------------------------------------------------- baselines
 
 
@@ -184,10 +190,13 @@ def words_baseline(train: Any, held_out: Any) -> float:
 
 def draw(scores: Scores, held_out: Any, run: RunFolder) -> None:
     """Scores of the best and the others, calibration, accuracy by rank gap and by margin, and the training curves."""
-    ranked = [
-        (s, r) for row, ranks in zip(scores, held_out["ranks"], strict=True) for s, r in zip(row, ranks, strict=True)
+    best = best_ranked(scores, held_out)
+    rest = [
+        score
+        for row, ranks in zip(scores, held_out["ranks"], strict=True)
+        for score, rank in zip(row, ranks, strict=True)
+        if rank > 0
     ]
-    best, rest = [s for s, r in ranked if r == 0], [s for s, r in ranked if r > 0]
     differences, gaps, _ = pairs_of(scores, held_out)
 
     def histogram(axes: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.common import machine
 from recipes.common.errors import DryRunDone, UserError
-from recipes.common.memory_estimate import activation_bytes, memory_here, memory_per_device, numbers_of, try_step
+from recipes.common.memory_estimate import activation_bytes, memory_here, memory_per_device, numbers_of, try_step, weight_bytes
 from recipes.common.run_folder import RunFolder
 from recipes.common.training import dtype_name, duration
 
@@ -129,7 +129,7 @@ def preflight(
         fits = memory["zero0"] * machine.GIB < psutil.virtual_memory().available
         tried = trainer is not None and quick and fits and next(model.parameters()).device.type == "cpu"
         trial = partial(try_step, trainer, batch, answers) if tried else None
-        alone = memory_per_device(model, args, activations, optimizer)["zero0"]  # the process holds the others already
+        alone = memory["zero0"] - sum(map(weight_bytes, frozen)) / machine.GIB  # the process holds these already
         size = memory_here(model, args, alone, optimizer, trial)
         how = "a step was tried" if tried else "no step was tried"
         here = f"  memory here    {size:.2f} GiB for the whole process ({how})"

@@ -121,14 +121,14 @@ def task_texts(name: str, task: Task, eval_rows: int) -> tuple[Texts, Texts]:
         max_samples=task.rows, max_validation_samples=eval_rows,
     )  # fmt: skip
     numbers = name == "similarity" and task.data != "pydocs_summary"  # rows with a score from 0 to 5 as their label
-    loaded = load_data(source, "classification" if name == "classification" or numbers else "pair")
+    loaded = load_data(source, "scored_pair" if numbers else "classification" if name == "classification" else "pair")
 
     def texts(rows: list[dict[str, Any]], seed: int) -> Texts:
         if name == "classification":
             return [(task.prefix + " ".join(filter(None, [r["text"], r["text_pair"]])), str(r["label"])) for r in rows]
         if name == "similarity":
             if numbers:
-                scored = [(row["text"], row["text_pair"], float(row["label"])) for row in rows]
+                scored = [(row["text"], row["text_pair"], row["label"]) for row in rows]
             else:
                 scored = similar_pairs([row["target"] for row in rows], generator(seed, 0))
             return [(f"{task.prefix}sentence1: {a} sentence2: {b}", as_text(score)) for a, b, score in scored]

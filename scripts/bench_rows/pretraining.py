@@ -15,7 +15,7 @@ import yaml
 from recipes.common import machine
 from scripts.bench_rows.harness import ROOT, WARM_UP, clock_callback, fresh_state, interleave, quiet_run, result
 from scripts.bench_rows.materials import llama_of_this_machine
-from scripts.bench_rows.recipe_runs import timed_training, trainer_of, with_tokenizer
+from scripts.bench_rows.recipe_runs import config_of_this_machine, timed_training, trainer_of, with_tokenizer
 
 TRAINER = "transformers Trainer, defaults"
 CORRUPTING = ("bert", "t5", "unilm", "glm", "bart")  # recipes whose collator corrupts each text anew
@@ -122,7 +122,7 @@ def llama(steps: int, rounds: int) -> dict[str, Any]:
 
 
 def bert(steps: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of the BERT recipe, hidden words and next sentences, at its laptop config."""
+    """Tokens a second of the BERT recipe, hidden words and next sentences, at its laptop config; on a GPU with gpu.yaml's sizes."""
     from transformers import DataCollatorForLanguageModeling
 
     from recipes.common.masked_language import IGNORED, add_marks
@@ -142,14 +142,15 @@ def bert(steps: int, rounds: int) -> dict[str, Any]:
                 }
                 for tokens, segments, label in zip(*(column.tolist() for column in columns), strict=True)
             ]  # fmt: skip
-        rate = yaml.safe_load((ROOT / "configs/pretraining/bert/cpu.yaml").read_text())["bert"]["mask_rate"]
+        hidden = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        rate = hidden / sum(batch["labels"].numel() for batch in batches)  # as many as the recipe hides
         return rows, DataCollatorForLanguageModeling(tokenizer, mlm_probability=rate)
 
     return against_trainer("bert", "pretraining.bert", peer, steps, rounds)
 
 
 def t5(steps: int, rounds: int) -> dict[str, Any]:
-    """Tokens of text a second of the T5 recipe, span corruption, at its laptop config."""
+    """Tokens of text a second of the T5 recipe, span corruption, at its laptop config; on a GPU with gpu.yaml's sizes."""
     from transformers import DataCollatorForSeq2Seq
 
     def peer(batches: list[dict[str, Any]], tokenizer: Any, model: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -178,7 +179,7 @@ def against_trainer(row: str, recipe: str, peer: Peer, steps: int, rounds: int) 
     from recipes.common.preflight import count_parameters
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = with_tokenizer(Path(folder))
+        settings = with_tokenizer(Path(folder)) | config_of_this_machine(recipe, Path(folder))
         trainer = trainer_of(recipe, **settings)
         batches = list(itertools.islice(trainer.get_train_dataloader(), WARM_UP + steps + 1))
         shape = list(batches[0]["input_ids"].shape)
@@ -212,7 +213,8 @@ def data(steps: int, rounds: int) -> dict[str, Any]:
         settings = with_tokenizer(Path(folder))
 
         def share(recipe: str) -> float:
-            timed = timed_training(f"pretraining.{recipe}", steps, **settings)
+            here = config_of_this_machine(f"pretraining.{recipe}", Path(folder))
+            timed = timed_training(f"pretraining.{recipe}", steps, **settings, **here)
             return 100 * sum(timed.waits) / sum(timed.seconds)
 
         found = interleave({name: (lambda name=name: share(name)) for name in CORRUPTING}, rounds)

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench_rows.harness import WARM_UP, Failed, clock_callback, fresh_state
+import yaml
+
+from recipes.common import machine
+from scripts.bench_rows.harness import ROOT, WARM_UP, Failed, clock_callback, fresh_state
 from scripts.bench_rows.materials import tokenizer_folder
 
 # What a recipe reads: a corner of its data, since what is timed are some steps.
@@ -91,6 +94,19 @@ def run_to_training(recipe: str, then: Callable[[Any, Callable[[], None]], Any],
 def with_tokenizer(spare: Path) -> dict[str, Any]:
     """Settings of a pretraining recipe: the chain's tokenizer, or one like it, made in `spare`."""
     return {"model__tokenizer": str(tokenizer_folder(spare))}
+
+
+def config_of_this_machine(recipe: str, spare: Path) -> dict[str, Any]:
+    """Settings of a pretraining recipe that is timed: its cpu.yaml as it is, or on a GPU its gpu.yaml with cpu.yaml's data, since no
+    network is needed then; written into `spare`."""
+    if not machine.has_gpu():
+        return {}
+    chapter, name = recipe.split(".")
+    folder = ROOT / "configs" / chapter / name
+    laptop, values = (yaml.safe_load((folder / f"{kind}.yaml").read_text()) for kind in ("cpu", "gpu"))
+    values |= {section: laptop[section] for section in laptop if section not in ("model", "training", name)}
+    (spare / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return {"config": spare / f"{name}.yaml"}
 
 
 def _watch_batches(trainer: Any) -> list[float]:

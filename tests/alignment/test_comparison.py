@@ -22,4 +22,4 @@ def test_every_policy_learns_from_the_same_prompts_and_starts_from_the_same_mode
             folder = ROOT / "configs" / step.chapter / step.recipe
             values = load_config(module.Config, step.command(tmp_path, []), config_folder=folder).values
             seen.append((values["model"]["name"], values["data"]["name"], values["data"]["seed"]))
-    assert len(seen) == 7 and set(seen) == {(str(tmp_path / "full" / "sft" / "model"), "tasks", 0)}
+    assert len(seen) == 7 and set(seen) == {(str(tmp_path / "full" / "sft" / "model"), "tasks_prompts", 0)}

@@ -430,6 +430,20 @@ def test_labelled_texts_are_recognised(row, expected):
     assert canonical_row(row, "classification") == expected
 
 
+@pytest.mark.parametrize("score", [2.6, "2.600", 3])  # as the hub has STS-B, as a table has it, a whole number
+def test_two_texts_and_how_alike_they_are(score):
+    row = {"sentence1": "a", "sentence2": "b", "label": score}
+    assert canonical_row(row, "scored_pair") == {"text": "a", "text_pair": "b", "label": float(score)}
+
+
+@pytest.mark.parametrize("score", ["much", True, float("nan"), [1]])
+def test_a_score_is_a_number(score):
+    with pytest.raises(BadRow, match="label is .*, not a number"):
+        canonical_row({"sentence1": "a", "sentence2": "b", "label": score}, "scored_pair")
+    with pytest.raises(BadRow, match="no text_pair column"):
+        canonical_row({"sentence1": "a", "label": 1.0}, "scored_pair")
+
+
 def test_a_text_and_what_it_becomes_is_recognised_or_mapped():
     assert canonical_row({"src": "a", "tgt": "b"}, "pair") == {"source": "a", "target": "b"}
     mapped = canonical_row({"en": "a", "zh": "b"}, "pair", {"source": "en", "target": "zh"})

@@ -205,7 +205,12 @@ def test_a_tokenizer_that_no_chat_could_use(saved: Path, run: RunFolder, tmp_pat
     )
     plain.eos_token = None
     plain.save_pretrained(tmp_path / "endless")
-    assert "no end-of-text token" in problems(load_tokenizer, Model(name=str(tmp_path / "endless")), run)[0]
+    endless = Model(name=str(tmp_path / "endless"))
+    assert "no end-of-text token" in problems(load_tokenizer, endless, run)[0]
+    assert load_tokenizer(endless, run, writes=False).pad_token == plain.pad_token  # a BERT's, to classify with
+    plain.pad_token = None
+    plain.save_pretrained(tmp_path / "endless")
+    assert "neither a padding" in problems(lambda: load_tokenizer(endless, run, writes=False))[0]
     assert "needs a tokenizer" in problems(load_tokenizer, Model(config=LLAMA), run)[0]
 
 

@@ -132,6 +132,14 @@ def test_cat_is_the_weighted_sum_whatever_the_ranks(
         assert torch.allclose(again(**BATCH).logits, expected, atol=1e-4)
 
 
+def test_a_sum_over_a_base_in_16_bits_is_not_rounded_to_them(chat_model: Path, folders: dict[str, Path]) -> None:
+    alike = {name: folders[name] for name in ("one", "two")}
+    model = multi_adapter.load_all(fresh(chat_model).to(torch.bfloat16), alike)
+    assert multi_adapter.add_up(model, ["one", "two"], "cat", MultiAdapter()) < 1e-6
+    assert {p.dtype for name, p in model.named_parameters() if ".cat." in name} == {torch.float32}
+    assert "inject_adapter" not in vars(model.base_model)  # peft's own again
+
+
 def test_a_sum_cut_to_one_rank_is_nearer_than_one_of_mixed_factors(chat_model: Path, folders: dict[str, Path]) -> None:
     alike = {name: folders[name] for name in ("one", "two")}
     model = multi_adapter.load_all(fresh(chat_model), alike)

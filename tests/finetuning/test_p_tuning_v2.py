@@ -189,6 +189,13 @@ def test_columns_are_mapped_and_numbered_tags_get_their_names(tmp_path: Path) ->
     assert labelling.tags_of(rows) == ["0", "1"]
 
 
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
+    for split, word in (("train", "in"), ("validation", "Rome")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"words": [word], "tags": ["x"]}) + "\n")
+    rows = labelling.load_rows(Data(name=str(tmp_path)))
+    assert [rows[split]["words"][0] for split in ("train", "validation")] == [["in"], ["Rome"]]
+
+
 # --------------------------------------------------------------------------------------------------- classification
 
 

@@ -19,7 +19,7 @@ class Builtin:
     The seed sets order and wording, never the split. Another split's name is a UserError.
     """
 
-    kind: str  # text | conversation | preference | classification | pair | labelling
+    kind: str  # text | conversation | preference | prompt | classification | pair | labelling
     load: Callable[[str, int], list[dict[str, Any]]]
     description: str
 
@@ -29,6 +29,9 @@ BUILTINS: dict[str, Builtin] = {
     "pydocs_qa": Builtin("conversation", pydocs_qa.load, "questions answered from the standard library's docstrings"),
     "tasks": Builtin(
         "conversation", tasks.load, "questions with one right answer, English and Chinese, eleven families"
+    ),
+    "tasks_prompts": Builtin(
+        "prompt", tasks.load_prompts, "questions of tasks that no other set asks, for a policy to answer"
     ),
     "tasks_preferences": Builtin(
         "preference", tasks.load_preferences, "4 to 6 ranked answers to the questions of tasks"

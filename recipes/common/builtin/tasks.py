@@ -4,8 +4,9 @@ An *instance* is a question whatever its wording and language (add 17 and 25). I
 held-out instance was never seen in any words. Questions and answers are made of language-neutral values (numbers, words
 with a name in each language, lists of these) and are put into words last.
 
-`load` gives conversations for supervised fine-tuning, `load_preferences` ranked answers for a reward model, and `check`
-says whether an answer is right: the reward that can be trusted.
+`load` gives conversations for supervised fine-tuning, `load_preferences` ranked answers for a reward model, `load_prompts`
+questions that neither of them asks, for a policy to answer, and `check` says whether an answer is right: the reward that
+can be trusted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Row: TypeAlias = dict[str, Any]
 Value: TypeAlias = "int | Word | Sequence[int | Word]"
 
 HELD_OUT = 5  # percent of the instances in validation, and as many in test
+PROMPTS_ALONE = 10  # percent of the other instances that are asked without an answer alone
 SIZES = {"train": 90_000, "validation": 2_000, "test": 2_000}
+PROMPT_SIZES = {"train": 12_000, "validation": 2_000, "test": 2_000}
 PREFERENCE_SIZES = {"train": 60_000, "validation": 600, "test": 600}
 CHINESE = 0.3  # share of the rows
 WRONG, WRONG_FORM = 1, 2  # ranks of the answers that are not right
@@ -235,11 +238,14 @@ def ask(instance: Instance, language: str, rng: random.Random) -> str:
     return prompt[0].upper() + prompt[1:] if language == "en" else prompt
 
 
-def draw(family: str, split: str, rng: random.Random) -> Instance:
-    """An instance of the family that belongs to the split."""
+def draw(family: str, split: str, rng: random.Random, *, prompts_alone: bool = False) -> Instance:
+    """An instance of the family that belongs to the split; of train, one that is asked without an answer, or one of the others."""
     while True:
         instance = FAMILIES[family](rng)
-        if split_of(f"{family} {instance.key}", HELD_OUT) == split:
+        key = f"{family} {instance.key}"
+        if split_of(key, HELD_OUT) != split:
+            continue
+        if split != "train" or (split_of(f"prompts {key}", PROMPTS_ALONE) == "validation") == prompts_alone:
             return instance
 
 
@@ -254,21 +260,40 @@ def load(split: str, seed: int) -> list[Row]:
     prompts different.
     """
     check_split(split)
-    rng = random.Random(f"tasks {split} {seed}")
+    rows = []
+    for row in questions(SIZES[split], split, random.Random(f"tasks {split} {seed}")):
+        messages = [*row.pop("prompt"), {"role": "assistant", "content": row["answer"]}]
+        rows.append({"messages": messages, **row})
+    return rows
+
+
+def load_prompts(split: str, seed: int) -> list[Row]:
+    """Rows {"prompt": [user], "task", "language", "answer"}: what a policy answers by itself. `answer` is for `check` alone.
+
+    Train's 12,000 rows ask instances that no other set's train split has in any words: InstructGPT keeps the prompts of its
+    three steps apart, and a policy that meets the questions of its fine-tuning again recalls them. The held-out splits,
+    2,000 rows each, ask the instances that every set holds out.
+    """
+    check_split(split)
+    rng = random.Random(f"tasks_prompts {split} {seed}")
+    return questions(PROMPT_SIZES[split], split, rng, prompts_alone=True)
+
+
+def questions(count: int, split: str, rng: random.Random, *, prompts_alone: bool = False) -> list[Row]:
+    """Rows {"prompt": [user], "task", "language", "answer"}, the families in equal parts, shuffled."""
     families = list(FAMILIES)
     asked: set[str] = set()
-    rows = []
-    for i in range(SIZES[split]):
+    rows: list[Row] = []
+    for i in range(count):
         family, language = families[i % len(families)], draw_language(rng)
         for _ in range(5):  # a family of few instances has fewer prompts than rows
-            instance = draw(family, split, rng)
+            instance = draw(family, split, rng, prompts_alone=prompts_alone)
             prompt = ask(instance, language, rng)
             if prompt not in asked:
                 break
         asked.add(prompt)
-        answer = say(instance.answer, language)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        rows.append({"messages": messages, "task": family, "language": language, "answer": answer})
+        turn = {"role": "user", "content": prompt}
+        rows.append({"prompt": [turn], "task": family, "language": language, "answer": say(instance.answer, language)})
     rng.shuffle(rows)
     return rows
 

@@ -45,6 +45,7 @@ def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.Iterabl
         preference: prompt, completions, ranks [, tools]
         prompt: prompt [, tools], and all the other columns of the source
         classification: text, text_pair (null where there is one text), label      pair: source, target
+        scored_pair: text, text_pair, label (a number)
         image: image, label                 image_caption: image, caption
     and those that a builtin set adds of its own. "tools" is there where the source has any (in a stream: always), a
     JSON list in a string, null where a row has none.

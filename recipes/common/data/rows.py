@@ -89,6 +89,7 @@ def arrow_types(kind: str) -> dict[str, pa.DataType]:
         "preference": {"prompt": messages, "completions": pa.list_(pa.string()), "ranks": pa.list_(pa.int64())},
         "prompt": {"prompt": messages},
         "classification": {"text": pa.string(), "text_pair": pa.string(), "label": pa.string()},
+        "scored_pair": {"text": pa.string(), "text_pair": pa.string(), "label": pa.float64()},
         "pair": {"source": pa.string(), "target": pa.string()},
     }[kind]
 

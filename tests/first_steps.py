@@ -1,0 +1,127 @@
+"""The first steps of a gpu.yaml, on local stand-ins for what it takes from the hub: tiny on a processor, of the real sizes on a GPU.
+
+    python tests/first_steps.py [recipe ...]        # on a machine with a GPU: all of them, several at once, and a table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from hub_stand_ins import localised  # noqa: E402
+
+CONFIGS = sorted((ROOT / "configs").glob("*/*/gpu.yaml"))
+FEW = {  # what a section may have, wherever it is
+    "max_steps": 3, "steps": 3, "first_stage_steps": 2, "labels": 64, "rows": 64, "eval_rows": 32, "target_samples": 32,
+    "max_validation_samples": 64, "warmup_steps": 0, "logging_steps": 1,
+}  # fmt: skip
+TINY = {  # on a processor
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "d_kv": 8, "d_ff": 64, "intermediate_size": 64,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_hidden_layers": 2, "n_layer": 2, "num_layers": 2,
+    "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "num_heads": 4,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "batch_size": 4, "source_layers": 1,
+    "block_length": 128, "input_length": 128, "row_length": 64, "max_bytes": 60_000, "unigram_max_bytes": 60_000,
+    "vocabulary_size": 400, "rollouts": 8, "max_samples": 40,
+}  # fmt: skip
+OF_THEIR_OWN: dict[str, dict[str, Any]] = {
+    "adalora": {"adalora.tinit": 1, "adalora.tfinal": 1, "adalora.deltaT": 1, "training.max_steps": 4},
+    "grpo": {"training.max_steps": 2},
+    "ppo": {"training.max_steps": 2, "evaluation.max_new_tokens": 16},
+}
+TINY_OF_THEIR_OWN: dict[str, dict[str, Any]] = {
+    "dpo": {"training.max_length": 512},
+    "grpo": {"training.per_device_train_batch_size": 8, "training.max_completion_length": 8},
+    "ppo": {"ppo.max_new_tokens": 8, "training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 1},
+}
+
+
+def shortened(values: Any, few: dict[str, Any]) -> Any:
+    """The values with what `few` names in place of theirs, wherever it is."""
+    if isinstance(values, list):
+        return [shortened(value, few) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {key: few[key] if key in few else shortened(value, few) for key, value in values.items()}
+
+
+def few_steps(config: Path, folder: Path, full: bool) -> dict[str, Any]:
+    """The config's values for a run of a few steps; the hub's models and data are made below `folder`."""
+    recipe = config.parent.name
+    values = shortened(localised(yaml.safe_load(config.read_text()), folder, full), FEW if full else {**TINY, **FEW})
+    if recipe != "tokenizer":
+        values["training"] |= {"max_steps": 8 if full else FEW["max_steps"], "save_steps": 2}
+    if config.parents[1].name != "pretraining":
+        values["evaluation"] = {"max_samples": 8, "batch_size": 8, "max_new_tokens": 4}
+    if recipe == "ppo":
+        values["ppo"]["reward_model"] = str(folder / "runs" / "reward_model" / "gpu" / "model")
+    changes = OF_THEIR_OWN.get(recipe, {}) | ({} if full else TINY_OF_THEIR_OWN.get(recipe, {}))
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return values
+
+
+def write(config: Path, folder: Path, full: bool) -> Path:
+    """The few steps' config as a file."""
+    place = folder / "configs" / f"{config.parent.name}.yaml"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(yaml.safe_dump(few_steps(config, folder, full), sort_keys=False))
+    return place
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def run(config: Path, folder: Path) -> dict[str, Any]:
+    """One config in a process of its own, at its real sizes: how it ended, its peak and its speed."""
+    recipe, started = config.parent.name, time.perf_counter()
+    script = ROOT / "recipes" / config.parents[1].name / f"{recipe}.py"
+    line = [sys.executable, str(script), "--config", str(write(config, folder, full=True)), "--run.root", str(folder / "runs")]
+    done = subprocess.run([*line, "--run.name", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    place = folder / "runs" / recipe / "gpu"
+    (folder / f"{recipe}.log").write_text(f"{done.stdout}\n{done.stderr}\n")
+    found: dict[str, Any] = {"recipe": recipe, "code": done.returncode, "seconds": round(time.perf_counter() - started)}
+    if done.returncode:
+        found["error"] = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300]
+    if (place / "metrics.json").exists():
+        figures = json.loads((place / "metrics.json").read_text())
+        found |= {key: figures[key] for key in ("peak_memory_gib", "parameters", "trainable_parameters") if key in figures}
+        steps = [json.loads(row) for row in (place / "metrics.jsonl").read_text().splitlines()]
+        speeds = [row["tokens_per_second"] for row in steps if "tokens_per_second" in row]
+        found |= {"tokens_per_second": max(speeds, default=None), "mfu": max((row.get("mfu", 0) for row in steps), default=None)}
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", metavar="recipe")
+    parser.add_argument("--at-once", type=int, default=6)
+    parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "first_steps")
+    asked = parser.parse_args()
+    chosen = [config for config in CONFIGS if not asked.recipes or config.parent.name in asked.recipes]
+    late = [config for config in chosen if config.parent.name == "ppo"]  # needs what reward_model leaves
+    for config in chosen:
+        few_steps(config, asked.output, full=True)  # makes the stand-ins, once
+    with ThreadPoolExecutor(asked.at_once) as pool:
+        found = list(pool.map(lambda config: run(config, asked.output), [c for c in chosen if c not in late]))
+    found += [run(config, asked.output) for config in late]
+    (asked.output / "table.json").write_text(json.dumps(found, indent=1))
+    return 1 if any(row["code"] for row in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
