@@ -1,12 +1,15 @@
-"""The first steps of a gpu.yaml, on local stand-ins for what it takes from the hub: tiny on a processor, of the real sizes on a GPU.
+"""The first steps of a gpu.yaml or cluster.yaml, on local stand-ins for what it takes from the hub: tiny on a processor, of the real sizes on a GPU.
 
-    python tests/first_steps.py [recipe ...]        # on a machine with a GPU: all of them, several at once, and a table
+    python tests/first_steps.py [recipe ...]        # on a machine with a GPU: each gpu.yaml, several at once, and a table
+    python tests/first_steps.py --dry-run           # on any machine: their batches, parameters and memory
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +25,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from hub_stand_ins import localised  # noqa: E402
 
-CONFIGS = sorted((ROOT / "configs").glob("*/*/gpu.yaml"))
+os.environ["PYTHONPATH"] = str(ROOT)  # of the recipes' processes
+
+GPU, CLUSTER = (sorted((ROOT / "configs").glob(f"*/*/{kind}.yaml")) for kind in ("gpu", "cluster"))
 FEW = {  # what a section may have, wherever it is
     "max_steps": 3, "steps": 3, "first_stage_steps": 2, "labels": 64, "rows": 64, "eval_rows": 32, "target_samples": 32,
     "max_validation_samples": 64, "warmup_steps": 0, "logging_steps": 1,
@@ -43,9 +48,16 @@ OF_THEIR_OWN: dict[str, dict[str, Any]] = {
 }
 TINY_OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "dpo": {"training.max_length": 512},
-    "grpo": {"training.per_device_train_batch_size": 8, "training.max_completion_length": 8},
-    "ppo": {"ppo.max_new_tokens": 8, "training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 1},
-}
+    "grpo": {
+        "training.num_generations": 4, "training.per_device_train_batch_size": 4, "training.max_completion_length": 8,
+        "training.use_vllm": False,
+    },
+    "ppo": {
+        "ppo.max_new_tokens": 8, "ppo.engine": "transformers", "training.per_device_train_batch_size": 4,
+        "training.gradient_accumulation_steps": 1,
+    },
+    "gpt/cluster": {"model.config.attention_types": [[["global", "local"], 1]], "gpt.shots": [0, 1]},
+}  # fmt: skip
 
 
 def shortened(values: Any, few: dict[str, Any]) -> Any:
@@ -59,24 +71,28 @@ def shortened(values: Any, few: dict[str, Any]) -> Any:
 
 def few_steps(config: Path, folder: Path, full: bool) -> dict[str, Any]:
     """The config's values for a run of a few steps; the hub's models and data are made below `folder`."""
-    recipe = config.parent.name
+    recipe, kind = config.parent.name, config.stem
     values = shortened(localised(yaml.safe_load(config.read_text()), folder, full), FEW if full else {**TINY, **FEW})
     if recipe != "tokenizer":
-        values["training"] |= {"max_steps": 8 if full else FEW["max_steps"], "save_steps": 2}
+        values["training"] |= {"max_steps": 8, "save_steps": 1000} if full else {"max_steps": FEW["max_steps"], "save_steps": 2}
     if config.parents[1].name != "pretraining":
         values["evaluation"] = {"max_samples": 8, "batch_size": 8, "max_new_tokens": 4}
     if recipe == "ppo":
-        values["ppo"]["reward_model"] = str(folder / "runs" / "reward_model" / "gpu" / "model")
-    changes = OF_THEIR_OWN.get(recipe, {}) | ({} if full else TINY_OF_THEIR_OWN.get(recipe, {}))
+        values["ppo"]["reward_model"] = str(folder / "runs" / "reward_model" / kind / "model")
+    changes = dict(OF_THEIR_OWN.get(recipe, {}))
+    if not full:
+        changes |= TINY_OF_THEIR_OWN.get(recipe, {}) | TINY_OF_THEIR_OWN.get(f"{recipe}/{kind}", {})
+        if "dataset_num_proc" in values.get("training", {}):
+            changes["training.dataset_num_proc"] = None  # processes cost more than so few rows
     for key, value in changes.items():
-        section, name = key.split(".")
-        values[section][name] = value
+        *sections, name = key.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[name] = value
     return values
 
 
 def write(config: Path, folder: Path, full: bool) -> Path:
     """The few steps' config as a file."""
-    place = folder / "configs" / f"{config.parent.name}.yaml"
+    place = folder / "configs" / f"{config.parent.name}_{config.stem}.yaml"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(yaml.safe_dump(few_steps(config, folder, full), sort_keys=False))
     return place
@@ -85,12 +101,13 @@ def write(config: Path, folder: Path, full: bool) -> Path:
 # ---------------------------------------------------------------- on a GPU
 
 
-def run(config: Path, folder: Path) -> dict[str, Any]:
+def run(config: Path, folder: Path, dry: bool = False) -> dict[str, Any]:
     """One config in a process of its own, at its real sizes: how it ended, its peak and its speed."""
     recipe, started = config.parent.name, time.perf_counter()
     script = ROOT / "recipes" / config.parents[1].name / f"{recipe}.py"
     line = [sys.executable, str(script), "--config", str(write(config, folder, full=True)), "--run.root", str(folder / "runs")]
-    done = subprocess.run([*line, "--run.name", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    line += ["--run.name", "gpu", *(["--dry-run"] if dry else [])]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     place = folder / "runs" / recipe / "gpu"
     (folder / f"{recipe}.log").write_text(f"{done.stdout}\n{done.stderr}\n")
     found: dict[str, Any] = {"recipe": recipe, "code": done.returncode, "seconds": round(time.perf_counter() - started)}
@@ -102,6 +119,8 @@ def run(config: Path, folder: Path) -> dict[str, Any]:
         steps = [json.loads(row) for row in (place / "metrics.jsonl").read_text().splitlines()]
         speeds = [row["tokens_per_second"] for row in steps if "tokens_per_second" in row]
         found |= {"tokens_per_second": max(speeds, default=None), "mfu": max((row.get("mfu", 0) for row in steps), default=None)}
+    if dry:
+        found["memory"] = next((x.split("device(s): ")[1] for x in done.stdout.splitlines() if "memory/device" in x), None)
     print(json.dumps(found), flush=True)
     return found
 
@@ -110,15 +129,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", metavar="recipe")
     parser.add_argument("--at-once", type=int, default=6)
+    parser.add_argument("--dry-run", action="store_true", help="of the real sizes, on any machine")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "first_steps")
     asked = parser.parse_args()
-    chosen = [config for config in CONFIGS if not asked.recipes or config.parent.name in asked.recipes]
+    by_name = {config.parent.name: config for config in GPU}
+    chosen = [by_name[name] for name in asked.recipes or by_name]
     late = [config for config in chosen if config.parent.name == "ppo"]  # needs what reward_model leaves
     for config in chosen:
         few_steps(config, asked.output, full=True)  # makes the stand-ins, once
     with ThreadPoolExecutor(asked.at_once) as pool:
-        found = list(pool.map(lambda config: run(config, asked.output), [c for c in chosen if c not in late]))
-    found += [run(config, asked.output) for config in late]
+        found = list(pool.map(lambda config: run(config, asked.output, asked.dry_run), [c for c in chosen if c not in late]))
+    found += [run(config, asked.output, asked.dry_run) for config in late]
     (asked.output / "table.json").write_text(json.dumps(found, indent=1))
     return 1 if any(row["code"] for row in found) else 0
 

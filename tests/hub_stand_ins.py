@@ -1,7 +1,7 @@
 """Local models and data of the shape of those on the hub that the configs name, so that a config can run without a network.
 
 `localised` takes a config's values and gives them with every hub id replaced. Models have random weights: tiny ones, or
-(`full`) the architecture and sizes of the real ones, which say what memory and time a GPU config takes.
+(`full`) the architecture and sizes of those that a gpu.yaml names, which say what memory and time it takes.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ ROWS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
         "instruction": sentence(r, 10), "context": "", "response": sentence(r, 50), "category": "open_qa",
     },
     "meta-math/MetaMathQA": lambda r: {"query": sentence(r, 10), "response": sentence(r, 50), "type": "x"},
+    "HuggingFaceH4/ultrachat_200k": lambda r: {"prompt": "x", "messages": [*turns(r, sentence(r, 50)), *turns(r, "Yes.")]},
+    "clinc/clinc_oos": lambda r: {"text": sentence(r, 8), "intent": r.choice(("balance", "freeze"))},
     "HuggingFaceH4/no_robots": lambda r: {"messages": turns(r, sentence(r, 50))},
     "trl-lib/ultrafeedback_binarized": preference,
     "openai/gsm8k": sum_of_two,
@@ -144,7 +146,8 @@ def qwen(folder: Path, full: bool, *, instruct: bool = False, eight_billion: boo
         config = Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=32_768, **sizes)
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, None
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing half a billion numbers takes a processor a minute
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -170,12 +173,18 @@ def only(tokenizer: Callable[[], Any]) -> Callable[[Path, bool], None]:
 MODELS: dict[str, Callable[[Path, bool], None]] = {
     "Qwen/Qwen2.5-0.5B": qwen,
     "Qwen/Qwen2.5-0.5B-Instruct": lambda folder, full: qwen(folder, full, instruct=True),
+    "Qwen/Qwen2.5-7B": qwen,
+    "Qwen/Qwen2.5-7B-Instruct": lambda folder, full: qwen(folder, full, instruct=True),
+    "Qwen/Qwen2.5-32B": qwen,
     "Qwen/Qwen3-8B-Base": lambda folder, full: qwen(folder, full, eight_billion=True),
     "google-bert/bert-large-cased": bert_large,
     "HuggingFaceTB/SmolLM2-135M": only(lambda: byte_tokenizer(SPECIAL, eos_token="<|endoftext|>", pad_token="<|im_end|>")),
+    "mistralai/Mistral-7B-v0.1": only(lambda: byte_tokenizer(("<unk>", "<s>", "</s>"), bos_token="<s>", eos_token="</s>")),
     "openai-community/gpt2": only(lambda: byte_tokenizer(SPECIAL[:1], eos_token="<|endoftext|>")),
     "facebook/bart-base": only(bart_tokenizer),
+    "facebook/bart-large": only(bart_tokenizer),
     "google/t5-v1_1-base": only(t5_tokenizer),
+    "google/t5-v1_1-large": only(t5_tokenizer),
 }
 
 # ---------------------------------------------------------------- configs
@@ -208,7 +217,7 @@ def localised(values: Any, folder: Path, full: bool = False) -> Any:
     named = [key for key in ("name", "data") if isinstance(values.get(key), str) and values[key] in ROWS]
     changed = {}
     for key, value in values.items():
-        if named and key in ("subset", "split"):
+        if named and (key in ("subset", "split") or (key == "validation_split" and value != "validation")):
             continue
         if key in named:
             changed[key] = stand_in(value, values.get("subset"), folder, full)

@@ -59,7 +59,9 @@ def fingerprint(model: PreTrainedModel) -> str:
             continue
         whole = gathered(parameter).detach()
         flat = whole.flatten()
-        few = flat[torch.linspace(0, len(flat) - 1, 8, device=flat.device).long()].to("cpu", torch.bfloat16)
+        # whole numbers: float32, as torch.linspace counts, has no place above 2^24, and a large table has more numbers
+        places = torch.tensor([k * (len(flat) - 1) // 7 for k in range(8)], device=flat.device)
+        few = flat[places].to("cpu", torch.bfloat16)
         told.update(f"{name} {tuple(whole.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
     return rest.hexdigest()[:32] + ("" if quantised else f"-{matrices.hexdigest()[:32]}")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; the laptop runs reach 0.25 to 0.5
 DRY_ROWS = 2000  # that a dry run looks at
-TRY_FLOPS = 5e12  # a dry run on a processor tries a step of no more: about half a minute of 0.2 TFLOP/s
+TRY_FLOPS = 1.5e12  # a dry run on a processor tries a step of no more: about ten seconds
 
 
 def enough_rows(rows: Any, args: TrainingArguments, run: RunFolder) -> Any:

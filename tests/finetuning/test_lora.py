@@ -25,6 +25,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from recipes.common.adapter_files import fingerprint
 from recipes.common.errors import UserError
 from recipes.common.peft_models import check_low_rank, check_targets, merge, with_adapter
 from recipes.finetuning import lora
@@ -153,6 +154,14 @@ def test_a_sharded_run_leaves_the_adapter_of_one_process(
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).norm() < 0.02 * theirs[name].norm() for name in theirs)
     assert {file.suffix for file in (folders[1] / "adapter").iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
+
+
+def test_a_table_of_more_numbers_than_float32_can_count_has_a_fingerprint() -> None:
+    table = torch.nn.Embedding(2**21 + 1, 8, dtype=torch.bfloat16)  # Qwen2.5 0.5B's has 136 million
+    model: Any = SimpleNamespace(base_model=torch.nn.Sequential(table), config=SimpleNamespace())
+    before = fingerprint(model)
+    table.weight.data[-1, -1] += 1  # the last number is one of those that are looked at
+    assert fingerprint(model) != before
 
 
 def test_base_and_adapter_give_the_merged_models_logits(trained: Any, chat_model: Path) -> None:
