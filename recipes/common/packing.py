@@ -18,6 +18,7 @@ from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -55,6 +56,14 @@ def pack_texts(
         )
     refuse_special_tokens_alone(packed, tokenizer)
     return packed
+
+
+def stacked(rows: Iterable[dict[str, Any]], column: str = "input_ids") -> Tensor:
+    """Blocks as one tensor, (rows, length). A stream has them as arrays, which torch.tensor would read number by number."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.stack([row[column] for row in rows])).long()
 
 
 def refuse_special_tokens_alone(blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -170,7 +170,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
     from recipes.common.in_context import ask_in_context, check_room, load_questions
     from recipes.common.optimizers import check_muon, muon_with_adamw
-    from recipes.common.packing import pack_texts
+    from recipes.common.packing import pack_texts, stacked
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
@@ -197,7 +197,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         check_room(tokenizer, questions[0], max(gpt.shots), gpt.block_length)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)  # (batch, block_length)
+        ids = stacked(rows)  # (batch, block_length)
         return {"input_ids": ids, "labels": ids}
 
     class ShowSamples(TrainerCallback):
@@ -222,8 +222,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     by_position = loss_by_position(model, held_out, training.bf16)
     run.plot("loss_by_position", lambda axes: draw_by_position(axes, by_position))
-    counted = [row["input_ids"] for row in itertools.islice(blocks, 20_000)]
-    unigram = unigram_loss([torch.tensor(counted)], [torch.tensor(held_out)[:, 1:]], len(tokenizer))
+    counted = stacked(itertools.islice(blocks, 20_000))
+    unigram = unigram_loss([counted], [torch.tensor(held_out)[:, 1:]], len(tokenizer))
     eighth = max(1, len(by_position) // 8)
     figures = {
         "eval_loss": by_position.mean(),

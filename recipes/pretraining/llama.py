@@ -118,9 +118,10 @@ def unigram_bits_per_byte(blocks: Any, tokenizer: PreTrainedTokenizerBase, held_
     import torch
 
     from recipes.common.held_out import unigram_loss
+    from recipes.common.packing import stacked
 
-    rows = (row["input_ids"] for row in blocks)
-    seen = [torch.tensor(list(itertools.islice(itertools.chain.from_iterable(rows), 2_000_000)))]
+    length = len(next(iter(blocks))["input_ids"])
+    seen = [stacked(itertools.islice(blocks, 2_000_000 // length))]
     ids = [torch.tensor(tokens, dtype=torch.long) for tokens in encode_plain(tokenizer, held_out)]
     nats = unigram_loss(seen, ids, len(tokenizer)) * sum(map(len, ids))
     return nats / math.log(2) / sum(len(text.encode()) for text in held_out)
@@ -149,7 +150,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.generation import continue_prompts
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import check_muon, muon_with_adamw
-    from recipes.common.packing import pack_texts
+    from recipes.common.packing import pack_texts, stacked
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
@@ -172,9 +173,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     held_out = [row["text"] for row in data["validation"]]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = {
-            key: torch.tensor([row[key] for row in rows], dtype=torch.long) for key in rows[0]
-        }  # (batch, block_length)
+        batch = {key: stacked(rows, key) for key in rows[0]}  # (batch, block_length)
         return {**batch, "labels": batch["input_ids"]}
 
     optimizer = None  # None: the Trainer makes training.optim
