@@ -1,7 +1,7 @@
 """The first steps of a gpu.yaml or cluster.yaml, on local stand-ins for what it takes from the hub: tiny on a processor, of the real sizes on a GPU.
 
-    python tests/first_steps.py [recipe ...]        # on a machine with a GPU: each gpu.yaml, several at once, and a table
-    python tests/first_steps.py --dry-run           # on any machine: their batches, parameters and memory
+python tests/first_steps.py [recipe ...]        # on a machine with a GPU: each gpu.yaml, several at once, and a table
+python tests/first_steps.py --dry-run           # on any machine: their batches, parameters and memory
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def few_steps(config: Path, folder: Path, full: bool) -> dict[str, Any]:
     recipe, kind = config.parent.name, config.stem
     values = shortened(localised(yaml.safe_load(config.read_text()), folder, full), FEW if full else {**TINY, **FEW})
     if recipe != "tokenizer":
-        values["training"] |= {"max_steps": 8, "save_steps": 1000} if full else {"max_steps": FEW["max_steps"], "save_steps": 2}
+        values["training"] |= (
+            {"max_steps": 8, "save_steps": 1000} if full else {"max_steps": FEW["max_steps"], "save_steps": 2}
+        )
     if config.parents[1].name != "pretraining":
         values["evaluation"] = {"max_samples": 8, "batch_size": 8, "max_new_tokens": 4}
     if recipe == "ppo":
@@ -105,7 +107,14 @@ def run(config: Path, folder: Path, dry: bool = False) -> dict[str, Any]:
     """One config in a process of its own, at its real sizes: how it ended, its peak and its speed."""
     recipe, started = config.parent.name, time.perf_counter()
     script = ROOT / "recipes" / config.parents[1].name / f"{recipe}.py"
-    line = [sys.executable, str(script), "--config", str(write(config, folder, full=True)), "--run.root", str(folder / "runs")]
+    line = [
+        sys.executable,
+        str(script),
+        "--config",
+        str(write(config, folder, full=True)),
+        "--run.root",
+        str(folder / "runs"),
+    ]
     line += ["--run.name", "gpu", *(["--dry-run"] if dry else [])]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     place = folder / "runs" / recipe / "gpu"
@@ -115,12 +124,19 @@ def run(config: Path, folder: Path, dry: bool = False) -> dict[str, Any]:
         found["error"] = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300]
     if (place / "metrics.json").exists():
         figures = json.loads((place / "metrics.json").read_text())
-        found |= {key: figures[key] for key in ("peak_memory_gib", "parameters", "trainable_parameters") if key in figures}
+        found |= {
+            key: figures[key] for key in ("peak_memory_gib", "parameters", "trainable_parameters") if key in figures
+        }
         steps = [json.loads(row) for row in (place / "metrics.jsonl").read_text().splitlines()]
         speeds = [row["tokens_per_second"] for row in steps if "tokens_per_second" in row]
-        found |= {"tokens_per_second": max(speeds, default=None), "mfu": max((row.get("mfu", 0) for row in steps), default=None)}
+        found |= {
+            "tokens_per_second": max(speeds, default=None),
+            "mfu": max((row.get("mfu", 0) for row in steps), default=None),
+        }
     if dry:
-        found["memory"] = next((x.split("device(s): ")[1] for x in done.stdout.splitlines() if "memory/device" in x), None)
+        found["memory"] = next(
+            (x.split("device(s): ")[1] for x in done.stdout.splitlines() if "memory/device" in x), None
+        )
     print(json.dumps(found), flush=True)
     return found
 
@@ -138,7 +154,9 @@ def main() -> int:
     for config in chosen:
         few_steps(config, asked.output, full=True)  # makes the stand-ins, once
     with ThreadPoolExecutor(asked.at_once) as pool:
-        found = list(pool.map(lambda config: run(config, asked.output, asked.dry_run), [c for c in chosen if c not in late]))
+        found = list(
+            pool.map(lambda config: run(config, asked.output, asked.dry_run), [c for c in chosen if c not in late])
+        )
     found += [run(config, asked.output, asked.dry_run) for config in late]
     (asked.output / "table.json").write_text(json.dumps(found, indent=1))
     return 1 if any(row["code"] for row in found) else 0

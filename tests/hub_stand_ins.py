@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-SYLLABLES = [a + b for a in ("b", "dr", "f", "gl", "k", "m", "n", "pl", "s", "str", "th", "v") for b in ("a", "en", "i", "ou", "yx")]
+SYLLABLES = [
+    a + b
+    for a in ("b", "dr", "f", "gl", "k", "m", "n", "pl", "s", "str", "th", "v")
+    for b in ("a", "en", "i", "ou", "yx")
+]
 
 # ---------------------------------------------------------------- data
 
@@ -103,7 +107,13 @@ def qwen_tokenizer(*, instruct: bool, generation: str = "qwen2_5") -> Any:
 def bert_tokenizer() -> Any:
     from tokenizers.processors import TemplateProcessing
 
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    names = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     tokenizer = byte_tokenizer(tuple(names.values()), **names)
     ids = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("[CLS]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -113,7 +123,13 @@ def bert_tokenizer() -> Any:
 
 
 def bart_tokenizer() -> Any:
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    names = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     return byte_tokenizer(tuple(names.values()), **names, cls_token="<s>", sep_token="</s>")
 
 
@@ -141,12 +157,15 @@ def qwen(folder: Path, full: bool, *, instruct: bool = False, eight_billion: boo
     if full:
         vocabulary = 151_936
     if eight_billion:
-        config: Any = Qwen3Config(vocab_size=vocabulary, head_dim=128 if full else 8, tie_word_embeddings=False, **sizes)
+        config: Any = Qwen3Config(
+            vocab_size=vocabulary, head_dim=128 if full else 8, tie_word_embeddings=False, **sizes
+        )
     else:
         config = Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=32_768, **sizes)
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, None
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing half a billion numbers takes a processor a minute
+    # drawing half a billion numbers takes a processor a minute
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -161,7 +180,9 @@ def bert_large(folder: Path, full: bool) -> None:
         sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     torch.manual_seed(0)
     vocabulary = 28_996 if full else len(tokenizer)
-    BertForMaskedLM(BertConfig(vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id, **sizes)).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id, **sizes)).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -178,8 +199,12 @@ MODELS: dict[str, Callable[[Path, bool], None]] = {
     "Qwen/Qwen2.5-32B": qwen,
     "Qwen/Qwen3-8B-Base": lambda folder, full: qwen(folder, full, eight_billion=True),
     "google-bert/bert-large-cased": bert_large,
-    "HuggingFaceTB/SmolLM2-135M": only(lambda: byte_tokenizer(SPECIAL, eos_token="<|endoftext|>", pad_token="<|im_end|>")),
-    "mistralai/Mistral-7B-v0.1": only(lambda: byte_tokenizer(("<unk>", "<s>", "</s>"), bos_token="<s>", eos_token="</s>")),
+    "HuggingFaceTB/SmolLM2-135M": only(
+        lambda: byte_tokenizer(SPECIAL, eos_token="<|endoftext|>", pad_token="<|im_end|>")
+    ),
+    "mistralai/Mistral-7B-v0.1": only(
+        lambda: byte_tokenizer(("<unk>", "<s>", "</s>"), bos_token="<s>", eos_token="</s>")
+    ),
     "openai-community/gpt2": only(lambda: byte_tokenizer(SPECIAL[:1], eos_token="<|endoftext|>")),
     "facebook/bart-base": only(bart_tokenizer),
     "facebook/bart-large": only(bart_tokenizer),

@@ -174,7 +174,9 @@ def test_on_a_gpu_a_recipe_is_timed_at_its_real_sizes_on_data_that_needs_no_netw
     assert timed["model"] == real["model"] and timed["training"] == real["training"]
     assert timed["data"] == laptop["data"]
     module = importlib.import_module(f"recipes.pretraining.{recipe}")
-    assert load_config(module.Config, ["--config", str(written)], config_folder=folder).values["data"]["name"] == "pydocs"
+    assert (
+        load_config(module.Config, ["--config", str(written)], config_folder=folder).values["data"]["name"] == "pydocs"
+    )
 
 
 def test_a_recipe_that_refuses_its_input_is_a_failure(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

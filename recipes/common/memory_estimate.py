@@ -82,7 +82,7 @@ def activation_bytes(model: Any, batch: dict[str, Any], args: TrainingArguments,
 
     Of every linear layer what it gives, and what it is given if its weight learns; of every norm what it is given, and
     if it learns the same divided by its size, in float32; eager attention's probabilities, which the other kernels never
-    hold; the logits of the `scored` positions (default: all), once as they are and twice in float32. With checkpointing a
+    hold; what gelu_new, written out in Python, keeps of each of its steps; the logits of the `scored` positions (default: all), once as they are and twice in float32. With checkpointing a
     layer's input for each layer, and all of one layer.
     """
     import torch
@@ -104,6 +104,11 @@ def activation_bytes(model: Any, batch: dict[str, Any], args: TrainingArguments,
         elif (widths := _widths(module)) and module is not head:
             given, gives = widths[0] * weight.requires_grad, widths[1] * (".lora_" not in name)
             kept += seen * element * (given + gives)
+        elif type(module).__name__ == "NewGELUActivation":
+            inner = model.get_submodule(name.rpartition(".")[0])
+            width = max(_widths(layer)[1] for layer in inner.children() if _widths(layer))  # type: ignore[index]
+            # x / 2, the tanh, and 1 + it; a GPU's autocast raises to powers in float32, and all that follows
+            kept += seen * width * (14 if element == 2 and args.device.type == "cuda" else 3 * element)
     hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
     if getattr(config, "_attn_implementation", "") == "eager":
         probabilities = layers * tokens * ids.shape[-1] * getattr(config, "num_attention_heads", 0)

@@ -112,9 +112,7 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def load_tokenizer(
-    model: Model, run: RunFolder, *, chat: bool = False, writes: bool = True
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False, writes: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of the model section. `chat=True` requires a chat template, `writes=False` no end-of-text token.
 
     Raises UserError if there is none to load, or if it lacks what is required.

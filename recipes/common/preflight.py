@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.common import machine
 from recipes.common.errors import DryRunDone, UserError
-from recipes.common.memory_estimate import activation_bytes, memory_here, memory_per_device, numbers_of, try_step, weight_bytes
+from recipes.common.memory_estimate import (
+    activation_bytes,
+    memory_here,
+    memory_per_device,
+    numbers_of,
+    try_step,
+    weight_bytes,
+)
 from recipes.common.run_folder import RunFolder
 from recipes.common.training import dtype_name, duration
 

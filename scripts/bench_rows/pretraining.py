@@ -10,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes.common import machine
-from scripts.bench_rows.harness import ROOT, WARM_UP, clock_callback, fresh_state, interleave, quiet_run, result
+from scripts.bench_rows.harness import WARM_UP, clock_callback, fresh_state, interleave, quiet_run, result
 from scripts.bench_rows.materials import llama_of_this_machine
 from scripts.bench_rows.recipe_runs import config_of_this_machine, timed_training, trainer_of, with_tokenizer
 

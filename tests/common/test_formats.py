@@ -438,7 +438,7 @@ def test_two_texts_and_how_alike_they_are(score):
 
 @pytest.mark.parametrize("score", ["much", True, float("nan"), [1]])
 def test_a_score_is_a_number(score):
-    with pytest.raises(BadRow, match="label is .*, not a number"):
+    with pytest.raises(BadRow, match=r"label is .*, not a number"):
         canonical_row({"sentence1": "a", "sentence2": "b", "label": score}, "scored_pair")
     with pytest.raises(BadRow, match="no text_pair column"):
         canonical_row({"sentence1": "a", "label": 1.0}, "scored_pair")

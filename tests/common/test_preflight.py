@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_chat import command_line, make_model, make_tokenizer
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.common import memory_estimate as estimate
 from recipes.common.machine import GIB
@@ -35,6 +36,7 @@ def settings(optim: str = "adamw_torch_fused", bf16: bool = False, **changes: An
         "adam_epsilon": 1e-8,
         "gradient_checkpointing": False,
         "world_size": 1,
+        "device": torch.device("cpu"),
     }
     return SimpleNamespace(optim=optim, bf16=bf16, fp16=False, **{**fixed, **changes})
 
@@ -139,6 +141,23 @@ def test_the_formula_is_near_what_the_forward_pass_keeps(
     args = settings(bf16=bf16)
     guessed = estimate.activation_bytes(model, BATCH, args) + estimate.copied_bytes(model, args)
     assert guessed == pytest.approx(kept_for_backward(model, bf16), rel=0.35)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_gelu_written_out_in_python_keeps_each_of_its_steps(bf16: bool) -> None:
+    def gpt2(activation: str) -> GPT2LMHeadModel:
+        sizes = {"vocab_size": 264, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**sizes, **none, activation_function=activation))
+
+    written_out, fused = gpt2("gelu_new"), gpt2("gelu_pytorch_tanh")
+    fused.load_state_dict(written_out.state_dict())
+    assert torch.allclose(written_out.eval()(IDS).logits, fused.eval()(IDS).logits, atol=1e-5)
+    really = kept_for_backward(written_out, bf16) - kept_for_backward(fused, bf16)
+    guessed = [estimate.activation_bytes(model, BATCH, settings(bf16=bf16)) for model in (written_out, fused)]
+    assert guessed[0] - guessed[1] == pytest.approx(really, rel=0.01)
+    on_gpu = estimate.activation_bytes(written_out, BATCH, settings(bf16=True, device=torch.device("cuda")))
+    assert on_gpu - guessed[1] > really or not bf16
 
 
 def test_eager_attention_holds_its_matrix_and_checkpointing_little() -> None:
