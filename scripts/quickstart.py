@@ -51,7 +51,7 @@ STAGES = [
         "llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9, takes={"model.tokenizer": "tokenizer"}
     ),
     Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2, takes={"model.name": "llama"}),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 2.5, takes={"model.name": "full"}),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 1.9, takes={"model.name": "full"}),
     Stage(
         "ppo",
         "alignment",

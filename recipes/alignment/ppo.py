@@ -16,7 +16,7 @@ https://arxiv.org/abs/2503.14476; details as in Huang et al. 2024, "The N+ Imple
 https://arxiv.org/abs/2403.17031
 
     make ppo                                       # laptop, offline, 3 to 5 minutes, after `make full`, `make reward_model`
-    make ppo CONFIG=verifiable                     # laptop: the tasks' checker is the reward, after `make full`; 4 minutes
+    make ppo CONFIG=verifiable                     # laptop: the tasks' checker is the reward, after `make full`; 5 minutes
     make ppo CONFIG=gpu                            # one GPU, a public model and a reward model from it
     make ppo CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node; scripts/ has SLURM
 

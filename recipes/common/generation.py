@@ -21,10 +21,11 @@ from recipes.common.errors import UserError
 from recipes.common.sections import Evaluation
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
+FIRST_PART = 2  # tokens
 
 
 def generate(
@@ -100,18 +101,71 @@ def generate_ids(
     with torch.random.fork_rng(devices=cuda), inference(model, bf16=bf16) as base:
         torch.manual_seed(seed)
         for chosen in _batches(order, rooms, batch_size):
-            batch = [prompts[i] for i in chosen]
-            width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
-            with plain_choices(base):
-                out = engine.generate(
-                    input_ids=ids, attention_mask=mask,
-                    generation_config=_choices(temperature, rooms[chosen[0]], stop, pad),
-                )  # fmt: skip
-            for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
-                answers[i] = _until_stop(row, stop)
+            width = max(len(prompts[i]) for i in chosen)
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen], device=device)
+            mask = torch.tensor(
+                [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device
+            )
+            cache = _read_once(base, ids, mask)
+            for count in _parts(rooms[chosen[0]]):
+                with plain_choices(base):
+                    out = engine.generate(
+                        input_ids=ids, attention_mask=mask,
+                        generation_config=_choices(temperature, count, stop, pad),
+                        **({} if cache is None else {"past_key_values": cache}),
+                    )  # fmt: skip
+                for i, row in zip(chosen, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
+                    answers[i] += _until_stop(row, stop)
+                going = [n for n, i in enumerate(chosen) if answers[i][-1] not in stop]
+                if not going:
+                    break
+                chosen, kept = [chosen[n] for n in going], torch.tensor(going, device=device)
+                ids = out.sequences[kept]
+                mask = torch.nn.functional.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
+                cache = _rows_of(out.past_key_values, kept, ids.shape[1] - 1)
     return answers
+
+
+def _parts(room: int) -> Iterator[int]:
+    """New tokens a call: a few, then as many as there are, until there is no room.
+
+    The library carries each finished answer along until the longest of the batch ends; between two calls they are left out.
+    """
+    done = 0
+    while done < room:
+        count = min(done or FIRST_PART, room - done)
+        done += count
+        yield count
+
+
+def _read_once(base: Any, ids: Tensor, mask: Tensor) -> Any:
+    """The cache of all but the last of `ids` (rows, width), each prompt read once; None where few are asked repeatedly.
+
+    The library reads a prompt as often as it is asked, which is most of what short answers cost.
+    """
+    import inspect
+
+    import torch
+    from transformers import DynamicCache
+
+    width = ids.shape[1]
+    distinct, which = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
+    if 2 * len(distinct) > len(ids) or width == 1 or "position_ids" not in inspect.signature(base.forward).parameters:
+        return None
+    asked, there = distinct[:, : width - 1], distinct[:, width:-1]  # (prompts, width - 1) each
+    cache = DynamicCache(config=base.config)
+    positions = (there.cumsum(dim=1) - 1).clamp(min=0)
+    base(input_ids=asked, attention_mask=there, position_ids=positions, past_key_values=cache, use_cache=True)
+    return _rows_of(cache, which, width - 1)
+
+
+def _rows_of(cache: Any, rows: Tensor, length: int) -> Any:
+    """The cache of these rows; None for a kind that has none to take, or that holds more than the `length` tokens: a learned
+    prefix. The library reads all tokens again then."""
+    if not hasattr(cache, "batch_select_indices") or cache.get_seq_length() != length:
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _choices(temperature: float | None, room: int, stop: Sequence[int], pad: int) -> GenerationConfig:
@@ -120,7 +174,10 @@ def _choices(temperature: float | None, room: int, stop: Sequence[int], pad: int
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature is not None else {"do_sample": False}
     )
-    return GenerationConfig(max_new_tokens=room, eos_token_id=list(stop), pad_token_id=pad, use_cache=True, **sampling)
+    return GenerationConfig(
+        max_new_tokens=room, eos_token_id=list(stop), pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
+        **sampling,
+    )  # fmt: skip
 
 
 def _batches(order: Sequence[int], rooms: Sequence[int], batch_size: int) -> Iterator[list[int]]:

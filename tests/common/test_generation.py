@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_chat import make_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from recipes.common import generation
 from recipes.common.errors import UserError
@@ -93,6 +94,71 @@ def test_an_answer_ends_at_the_first_stop_token(llama: Any, prompts: list[list[i
     stop = data.draw(st.sampled_from([token for answer in endless for token in answer]))
     for answer, ended in zip(endless, write(llama, prompts, max_new_tokens=8, stop=[stop]), strict=True):
         assert ended == (answer[: answer.index(stop) + 1] if stop in answer else answer)
+
+
+def local() -> GPTNeoForCausalLM:
+    """A layer that sees three tokens back alone: its cache holds no more."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    pattern = [[["global", "local"], 1]]
+    return GPTNeoForCausalLM(GPTNeoConfig(attention_types=pattern, window_size=3, initializer_range=0.3, **sizes))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "local"])
+def test_a_prompt_is_read_once_however_often_it_is_asked_and_a_finished_answer_no_more(
+    llama: Any, gpt2: Any, kind: str
+) -> None:
+    model = {"llama": llama, "gpt2": gpt2}.get(kind) or local()
+    asked = [[11, 12, 13], [10, 20, 30, 40, 50, 60], [99]]
+    endless = [without_cache(model, prompt, 11) for prompt in asked]
+    stop = [endless[0][0], endless[1][4]]
+    expected = [
+        answer[: next((i + 1 for i, token in enumerate(answer) if token in stop), len(answer))] for answer in endless
+    ]
+    assert len({len(answer) for answer in expected}) > 1  # they end at different places
+    read: list[torch.Size] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, given, out: read.append(given[0].shape))
+    answers = write(model, [prompt for prompt in asked for _ in range(8)], max_new_tokens=11, stop=stop)
+    handle.remove()
+    assert answers == [answer for answer in expected for _ in range(8)]
+    assert read[0] == (3, 5)  # each prompt once, less its last token
+    one_by_one, done = [], 0  # and no part of it again
+    for count in generation._parts(11):
+        going = [len(answer) for answer in expected if len(answer) > done]
+        one_by_one += [(8 * len(going), 1)] * min(count, max(going, default=done) - done)
+        done += count
+    assert read[1:] == one_by_one
+
+
+def test_what_is_sampled_is_the_models_distribution_across_the_parts_of_an_answer() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 4, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.6)).eval()
+    answers = write(model, [[1, 2, 3]] * 6000, max_new_tokens=4, stop=[0], batch_size=6000, temperature=1.0)
+    assert generation.FIRST_PART < 4
+    expected: dict[tuple[int, ...], float] = {}
+
+    def grow(answer: tuple[int, ...], probability: float) -> None:
+        if len(answer) == 4 or (answer and answer[-1] == 0):
+            expected[answer] = probability
+            return
+        with torch.no_grad():
+            told = model(torch.tensor([[1, 2, 3, *answer]])).logits[0, -1].softmax(-1).tolist()
+        for token, share in enumerate(told):
+            grow((*answer, token), probability * share)
+
+    grow((), 1.0)
+    counted = Counter(map(tuple, answers))
+    assert set(counted) <= set(expected)
+    # the sum of |observed - expected| over the answers: about sqrt(2 n / (pi N)) for n answers that are as likely
+    distance = sum(abs(counted[answer] / 6000 - share) for answer, share in expected.items())
+    assert distance < 2 * (2 * len(expected) / (3.14 * 6000)) ** 0.5
 
 
 def test_near_the_last_position_there_is_room_for_fewer_tokens_alone_or_in_company(gpt2: Any) -> None:
