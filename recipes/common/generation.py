@@ -148,14 +148,14 @@ def _read_once(base: Any, ids: Tensor, mask: Tensor) -> Any:
     import torch
     from transformers import DynamicCache
 
-    width = ids.shape[1]
+    width, stack = ids.shape[1], base.base_model  # without the head: nobody looks at a prompt's logits
     distinct, which = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
-    if 2 * len(distinct) > len(ids) or width == 1 or "position_ids" not in inspect.signature(base.forward).parameters:
+    if 2 * len(distinct) > len(ids) or width == 1 or "position_ids" not in inspect.signature(stack.forward).parameters:
         return None
     asked, there = distinct[:, : width - 1], distinct[:, width:-1]  # (prompts, width - 1) each
     cache = DynamicCache(config=base.config)
     positions = (there.cumsum(dim=1) - 1).clamp(min=0)
-    base(input_ids=asked, attention_mask=there, position_ids=positions, past_key_values=cache, use_cache=True)
+    stack(input_ids=asked, attention_mask=there, position_ids=positions, past_key_values=cache, use_cache=True)
     return _rows_of(cache, which, width - 1)
 
 
