@@ -85,6 +85,9 @@ def generate_ids(
     once. A prompt that is near the model's last position gets fewer new tokens, alone or in company alike.
     """
     import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from recipes.common.sharding import launched_with
 
     positions = model_positions(model)
     rooms = [max_new_tokens if positions is None else min(max_new_tokens, positions - len(p)) for p in prompts]
@@ -98,6 +101,8 @@ def generate_ids(
     order = sorted(range(len(prompts)), key=lambda i: (rooms[i], -len(prompts[i])))
     answers: list[list[int]] = [[] for _ in prompts]
     cuda = [device.index or 0] if device.type == "cuda" else []
+    # processes that hold a part of the weights each have to make the same calls: the library waits for all in each
+    in_step = is_deepspeed_zero3_enabled() or launched_with() == "FSDP"
     with torch.random.fork_rng(devices=cuda), inference(model, bf16=bf16) as base:
         torch.manual_seed(seed)
         for chosen in _batches(order, rooms, batch_size):
@@ -106,8 +111,8 @@ def generate_ids(
             mask = torch.tensor(
                 [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device
             )
-            cache = _read_once(base, ids, mask)
-            for count in _parts(rooms[chosen[0]]):
+            cache = None if in_step else _read_once(base, ids, mask)
+            for count in [rooms[chosen[0]]] if in_step else _parts(rooms[chosen[0]]):
                 with plain_choices(base):
                     out = engine.generate(
                         input_ids=ids, attention_mask=mask,

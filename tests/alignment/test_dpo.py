@@ -31,6 +31,8 @@ def arguments(tiny: Path, data: Path, root: Path, **more: object) -> list[str]:
         "training__per_device_train_batch_size": 16,
         "training__save_steps": 10,
         "training__bf16": "false",
+        "training__loss_type": "[sigmoid]",  # the paper's; cpu.yaml adds another
+        "training__loss_weights": "null",
         "evaluation__max_samples": 16,
         "evaluation__max_new_tokens": 4,
         "run__root": root,
