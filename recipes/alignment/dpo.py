@@ -8,7 +8,8 @@ the model's own, put in order by the task's checker or by a reward model. The se
 mistakes teach to tell them from right answers (see the held-out accuracy), not to stop making one's own.
 
 Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; IPO (training.loss_type: [ipo]): Azar et al. 2023,
-https://arxiv.org/abs/2310.12036; own answers: Xu et al. 2024, https://arxiv.org/abs/2404.10719
+https://arxiv.org/abs/2310.12036; own answers: Xu et al. 2024, https://arxiv.org/abs/2404.10719; the chosen answer's own
+likelihood beside it (training.loss_type: [sigmoid, sft], as on the laptop): Pang et al. 2024, https://arxiv.org/abs/2404.19733
 
     make dpo                                       # laptop, offline, after `make full`
     make dpo CONFIG=gpu                            # one GPU, a public model and preference set

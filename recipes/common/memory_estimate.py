@@ -82,8 +82,8 @@ def activation_bytes(model: Any, batch: dict[str, Any], args: TrainingArguments,
 
     Of every linear layer what it gives, and what it is given if its weight learns; of every norm what it is given, and
     if it learns the same divided by its size, in float32; eager attention's probabilities, which the other kernels never
-    hold; what gelu_new, written out in Python, keeps of each of its steps; the logits of the `scored` positions (default: all), once as they are and twice in float32. With checkpointing a
-    layer's input for each layer, and all of one layer.
+    hold; what gelu_new, written out in Python, keeps of each of its steps; the logits of the `scored` positions (default:
+    all), once as they are and twice in float32. With checkpointing a layer's input for each layer, and all of one layer.
     """
     import torch
 

@@ -33,7 +33,7 @@ Row: TypeAlias = dict[str, Any]
 Value: TypeAlias = "int | Word | Sequence[int | Word]"
 
 HELD_OUT = 5  # percent of the instances in validation, and as many in test
-PROMPTS_ALONE = 10  # percent of the other instances that are asked without an answer alone
+PROMPTS_ALONE = 10  # percent of train's instances that are kept for load_prompts: nothing else in train asks them
 SIZES = {"train": 90_000, "validation": 2_000, "test": 2_000}
 PROMPT_SIZES = {"train": 12_000, "validation": 2_000, "test": 2_000}
 PREFERENCE_SIZES = {"train": 60_000, "validation": 600, "test": 600}
@@ -245,6 +245,7 @@ def draw(family: str, split: str, rng: random.Random, *, prompts_alone: bool = F
         key = f"{family} {instance.key}"
         if split_of(key, HELD_OUT) != split:
             continue
+        # a second hash parts train's: what it would hold out is for load_prompts
         if split != "train" or (split_of(f"prompts {key}", PROMPTS_ALONE) == "validation") == prompts_alone:
             return instance
 
