@@ -174,25 +174,22 @@ def memory_here(
 ) -> float:
     """GiB that this process will have held at most, by its end.
 
-    `trial` takes a micro-batch forward and back: what that reaches is measured, and the optimizer's part is added.
-    Without, `alone` GiB of formulas (zero0) are added to what the process holds.
+    `trial` takes steps, and what they reach is measured. Without, `alone` GiB of formulas (zero0) are added to what the
+    process holds.
     """
     import psutil
     from matplotlib.backends import backend_agg  # noqa: F401  (a run draws in the end, and what draws takes memory)
 
     process = psutil.Process()
-    moments, stepping = optimizer_bytes(model, args, optimizer)
     merged = sum(4 * numbers_of(p) for p in model.parameters() if hasattr(p, "quant_state"))  # de-quantised, in the end
     if trial is not None:
         trial()
-        kept = process.memory_info().rss + moments  # with what the C library keeps of what was freed
-        give_back_freed_memory()  # a step's passing values take its place; merged weights, larger and there to stay, do not
-        held = process.memory_info().rss + moments
-        reached = machine.peak_memory_gib() * machine.GIB + moments
+        reached = kept = process.memory_info().rss  # with what the C library keeps of what was freed
     else:
-        kept = held = process.memory_info().rss + unread_bytes(model) + moments
-        reached = held - moments - weight_bytes(model) + alone * machine.GIB
-    return max(machine.peak_memory_gib(), max(reached, held + stepping, kept + merged) / machine.GIB)
+        moments, stepping = optimizer_bytes(model, args, optimizer)
+        kept = process.memory_info().rss + unread_bytes(model) + moments
+        reached = max(kept + stepping, kept - moments - weight_bytes(model) + alone * machine.GIB)
+    return max(machine.peak_memory_gib(), max(reached, kept + merged) / machine.GIB)
 
 
 def give_back_freed_memory() -> None:
@@ -213,10 +210,11 @@ def unread_bytes(model: Any) -> int:
 
 
 def try_step(trainer: Trainer, batch: dict[str, Any], answers: Callable[[], Any] | None = None) -> None:
-    """A step on the micro-batch as the Trainer takes it, less the optimizer's: nothing is learned, the gradients stay.
+    """A step on the micro-batch as the Trainer takes it, and another's way forward and back. The model is spoiled.
 
     `answers` comes first: a small model's peak is made by the rows that it answers before and after as much as by steps.
-    Where gradients are accumulated, twice: the second micro-batch finds those of the first.
+    The second time there are the optimizer's moments, a heap in which what was freed rarely fits what is wanted next, as
+    in a run, and, where gradients are accumulated, those of a micro-batch before.
     """
     if answers is not None:
         answers()
@@ -225,6 +223,14 @@ def try_step(trainer: Trainer, batch: dict[str, Any], answers: Callable[[], Any]
     if trainer.args.gradient_checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     learner = trainer.accelerator.prepare_model(model.train())
-    for _ in range(min(2, trainer.args.gradient_accumulation_steps)):
+
+    def forward_and_back() -> None:
         loss = trainer.compute_loss(learner, cast(Any, trainer)._prepare_inputs(dict(batch)))
         trainer.accelerator.backward(loss)
+
+    forward_and_back()
+    optimizer = cast(Any, trainer.optimizer or trainer.create_optimizer())
+    optimizer.step()
+    optimizer.zero_grad()
+    for _ in range(min(2, trainer.args.gradient_accumulation_steps)):
+        forward_and_back()
