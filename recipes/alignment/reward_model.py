@@ -514,17 +514,19 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     # InstructGPT shifts scores so that demonstrations get 0 on average; dividing by their spread lets one KL coefficient
     # serve every reward model. Kept in config.json, for the head has no bias: (score - reward_mean) / reward_std. The
     # head's own pair is for a critic that starts from it.
-    head = scores
-    if knobs.likelihood_coefficient:
-        head = score_all(model, held_out, tokenizer, config, head_alone=True)
-        figures["head_accuracy"] = ranking_figures(head, held_out)["accuracy"]
-    for name, of_held_out, head_alone in (("reward", scores, False), ("reward_head", head, True)):
+    def mean_and_std(of_held_out: list[list[float]], head_alone: bool) -> tuple[float, float]:
         told, rows_of = of_held_out, held_out
         if shown is not None:
             told, rows_of = score_all(model, shown, tokenizer, config, head_alone=head_alone), shown
         good = best_ranked(told, rows_of)
-        setattr(model.config, f"{name}_mean", float(np.mean(good)))
-        setattr(model.config, f"{name}_std", float(np.std(good)) or 1.0)
+        return float(np.mean(good)), float(np.std(good)) or 1.0
+
+    model.config.reward_mean, model.config.reward_std = of_head = mean_and_std(scores, False)
+    if knobs.likelihood_coefficient:
+        head = score_all(model, held_out, tokenizer, config, head_alone=True)
+        figures["head_accuracy"] = ranking_figures(head, held_out)["accuracy"]
+        of_head = mean_and_std(head, True)
+    model.config.reward_head_mean, model.config.reward_head_std = of_head
     save_and_reload(model, tokenizer, held_out, run)
 
     draw(scores, held_out, run)

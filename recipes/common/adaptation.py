@@ -70,12 +70,12 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
         )
     if task_type not in (*KINDS, "TOKEN_CLS"):
         raise UserError(f"task_type: {task_type} is not one of {', '.join(KINDS)}, TOKEN_CLS")
-    labels = task_type in ("SEQ_CLS", "TOKEN_CLS")
-    tokenizer = load_tokenizer(model, run, chat=task_type == "CAUSAL_LM", writes=not labels)
+    tells_classes = task_type in ("SEQ_CLS", "TOKEN_CLS")
+    tokenizer = load_tokenizer(model, run, chat=task_type == "CAUSAL_LM", writes=not tells_classes)
     rows: Any = labelling.load_rows(data) if task_type == "TOKEN_CLS" else load_data(data, KINDS[task_type])
     auto_class: Any = AutoModelForCausalLM if task_type == "CAUSAL_LM" else AutoModelForSeq2SeqLM
     classes: list[str] = []
-    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    if tells_classes:
         by_text = task_type == "SEQ_CLS"
         classes = _classes(rows) if by_text else labelling.tags_of(rows)
         auto_class = AutoModelForSequenceClassification if by_text else AutoModelForTokenClassification

@@ -106,11 +106,10 @@ def generate_ids(
     with torch.random.fork_rng(devices=cuda), inference(model, bf16=bf16) as base:
         torch.manual_seed(seed)
         for chosen in _batches(order, rooms, batch_size):
-            width = max(len(prompts[i]) for i in chosen)
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen], device=device)
-            mask = torch.tensor(
-                [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device
-            )
+            batch = [list(prompts[i]) for i in chosen]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
             cache = None if in_step else _read_once(base, ids, mask)
             for count in [rooms[chosen[0]]] if in_step else _parts(rooms[chosen[0]]):
                 with plain_choices(base):

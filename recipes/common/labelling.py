@@ -67,8 +67,10 @@ def _read(data: Data) -> dict[str, Dataset]:
         if Path(name).is_dir():
             files = {file.stem: str(file) for file in sorted(Path(name).glob("*.jsonl"))}
             read = load_dataset("json", data_files=files)
+        elif Path(name).exists():
+            read = load_dataset("json", data_files=name)
         else:
-            read = load_dataset("json", data_files=name) if Path(name).exists() else load_dataset(name, data.subset)
+            read = load_dataset(name, data.subset)
     except Exception as error:  # whatever a library makes of a file or of the hub: shown, and ended with
         raise UserError(f"data.name: {name} cannot be read: {str(error).splitlines()[0]}") from error
     for key in ("split", "validation_split"):
