@@ -3,7 +3,7 @@
     weights + gradients + the optimizer's moments + what the forward pass keeps for the backward pass
 
 A GPU is told of these alone. A process on a processor also holds Python, the libraries and what its allocator does not give
-back, which is most of a small model's peak, so there one micro-batch goes forward and back and is measured.
+back, which is most of a small model's peak, so there a step is taken and measured.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; the laptop runs reach 0.25 to 0.5
 DRY_ROWS = 2000  # that a dry run looks at
-TRY_FLOPS = 1e12  # a dry run on a processor tries a micro-batch of no more: two or three of them in ten seconds
+TRY_FLOPS = 5e11  # a dry run on a processor tries a micro-batch of no more, two or three times: about ten seconds
 
 
 def enough_rows(rows: Any, args: TrainingArguments, run: RunFolder) -> Any:
