@@ -199,6 +199,7 @@ MODELS: dict[str, Callable[[Path, bool], None]] = {
     "Qwen/Qwen2.5-32B": qwen,
     "Qwen/Qwen3-8B-Base": lambda folder, full: qwen(folder, full, eight_billion=True),
     "google-bert/bert-large-cased": bert_large,
+    "google-bert/bert-base-uncased": only(bert_tokenizer),
     "HuggingFaceTB/SmolLM2-135M": only(
         lambda: byte_tokenizer(SPECIAL, eos_token="<|endoftext|>", pad_token="<|im_end|>")
     ),

@@ -63,6 +63,11 @@ def load_rows(settings: Downstream, kind: Any) -> Split:
     return rows if each is None else first_of_each_class(rows, each), held_out
 
 
+def name_of(source: str) -> str:
+    """What the figures of a task on this data are called: the data's last name, without its ending."""
+    return source.rstrip("/").split("/")[-1].split(".")[0]
+
+
 def load_classes(settings: Downstream) -> Split:
     """`load_rows` of labelled rows. UserError as by `class_names`: before the pretraining, not after it."""
     rows, held_out = load_rows(settings, "classification")

@@ -45,6 +45,8 @@ def fuse_next_token_loss(model: Any) -> None:
 
     plain = model.forward
     model.compiled_loss = next_token_loss
+    # tells the Trainer that the first label is not predicted, so not counted either; GPT-1's and GPT-2's classes do not say it
+    model.loss_type = "ForCausalLM"
 
     @functools.wraps(plain)
     def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recipes.common.chat import encode_plain
-from recipes.common.downstream import Downstream, accuracy, class_names, compare_starts, load_rows
+from recipes.common.downstream import Downstream, accuracy, class_names, compare_starts, load_rows, name_of
 from recipes.common.errors import UserError
 from recipes.common.run_folder import RunFolder
 
@@ -73,17 +73,19 @@ def transform(kind: Kind, texts: list[list[int]], markers: list[int], length: in
 
 
 def choose_among(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Rows {"source", "target"} to multiple choice: a row's target among those of others, all in an order drawn at random."""
-    if len(rows) < CHOICES:
+    """Rows {"source", "target"} to multiple choice: a row's target among other ones, all in an order drawn at random."""
+    answers = {target: i for i, target in enumerate(dict.fromkeys(row["target"] for row in rows))}
+    if len(answers) < CHOICES:
         raise UserError(
-            f"gpt.tasks: multiple_choice draws {CHOICES} choices, and there are {len(rows)} rows: give more"
+            f"gpt.tasks: multiple_choice draws {CHOICES} choices, and the {len(rows)} rows have {len(answers)} different "
+            "targets: give more rows"
         )
-    rng = np.random.default_rng(seed)
+    rng, targets = np.random.default_rng(seed), list(answers)
     made = []
-    for i, row in enumerate(rows):
-        others = rng.choice(len(rows) - 1, CHOICES - 1, replace=False)
-        others += others >= i  # any row but this one
-        choices = [row["target"], *(rows[j]["target"] for j in others)]
+    for row in rows:
+        others = rng.choice(len(targets) - 1, CHOICES - 1, replace=False)
+        others += others >= answers[row["target"]]  # any answer but this one
+        choices = [row["target"], *(targets[j] for j in others)]
         order = rng.permutation(CHOICES)
         made.append({"texts": [row["source"], *(choices[j] for j in order)], "label": int(np.argmin(order))})
     return made
@@ -101,6 +103,10 @@ def encode_rows(
     if kind == "multiple_choice":
         rows = choose_among(rows, seed)
     elif kind == "classification":
+        if any(row["text_pair"] is not None for row in rows):
+            raise UserError(
+                "gpt.tasks: classification reads one text a row, and these have two: entailment or similarity"
+            )
         rows = [{"texts": [row["text"]], "label": names.index(row["label"])} for row in rows]
     else:
         if any(row["text_pair"] is None for row in rows):
@@ -171,7 +177,7 @@ class Task:
 
 def load_task(kind: Kind, settings: Downstream, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
     """Read and encode the rows of a task. Raises UserError for rows that do not fit it."""
-    name = settings.data.rstrip("/").split("/")[-1].split(".")[0]
+    name = name_of(settings.data)
     several = kind == "multiple_choice"
     rows, held_out = load_rows(settings, "pair" if several else "classification")
     names = [] if several else class_names(rows, held_out)
@@ -196,7 +202,10 @@ def compare_on_task(
 
     figures: dict[str, float] = {}
     for weight, name in {lm_weight: task.name, 0.0: f"{task.name}_without_lm" if lm_weight else task.name}.items():
-        pretrained, fresh = (TaskModel(start, task.kind, task.classes, weight) for start in starts)
-        figures |= compare_starts(pretrained, fresh, task.taught, collate, task.settings, score, args, run, name)
+        made = []
+        for start in starts:
+            torch.manual_seed(args.seed)  # both get the same W_y
+            made.append(TaskModel(start, task.kind, task.classes, weight))
+        figures |= compare_starts(made[0], made[1], task.taught, collate, task.settings, score, args, run, name)
     labels = [row["label"] for row in task.asked]
     return {**figures, f"{task.name}_most_common": max(map(labels.count, labels)) / len(labels)}

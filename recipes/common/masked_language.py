@@ -93,6 +93,13 @@ def segments(
     return block[:cut], other[: len(block) - cut], ANOTHER
 
 
+def of_another_document(row: dict[str, Any], rows: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """One of `rows`, drawn at random, that is not of the row's own `document`; there must be one."""
+    while (other := rows[int(rng.integers(len(rows)))])["document"] == row["document"]:
+        pass
+    return other  # type: ignore[no-any-return]
+
+
 def sample(
     block: tuple[Sequence[int], Sequence[int]],
     other: tuple[Sequence[int], Sequence[int]],

@@ -19,7 +19,7 @@ from recipes.common.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pack_texts(
@@ -56,6 +56,22 @@ def pack_texts(
         )
     refuse_special_tokens_alone(packed, tokenizer)
     return packed
+
+
+def check_lengths(lengths: dict[str, int], model: PreTrainedModel) -> None:
+    """Raise UserError for samples of more tokens than the model has positions, or of too few to learn from. lengths: by config key."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    problems = [
+        f"{name} is {length}, but the model has {positions} positions (model.config.max_position_embeddings): lower the one, "
+        "or raise the other"
+        for name, length in lengths.items()
+        if positions is not None and length > positions
+    ]
+    problems += [
+        f"{name} is {length} tokens, too short: use 8 at least" for name, length in lengths.items() if length < 8
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def stacked(rows: Iterable[dict[str, Any]], column: str = "input_ids") -> Tensor:

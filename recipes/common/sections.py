@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 
-__all__ = ["Data", "Evaluation", "Model", "NonNegativeInt", "OpenUnitInterval", "PositiveFloat", "PositiveInt", "Run"]
+from recipes.common.config.values import UpToOne
+
+__all__ = [
+    "Data", "Evaluation", "Model", "NonNegativeInt", "OpenUnitInterval", "PositiveFloat", "PositiveInt", "Run", "UpToOne",
+]  # fmt: skip
 
 
 @dataclass

@@ -201,6 +201,20 @@ def compare(
     return compare_classifiers(two_starts(model, args.seed), split, classifier, inputs, settings, args, run, name)
 
 
+def check_texts(task: str, split: Split) -> None:
+    """Raise UserError where some rows of a task have a second text and some have none, or `pairs` has rows of one text."""
+    paired = [row["text_pair"] is not None for rows in split for row in rows]
+    if any(paired) and not all(paired):
+        raise UserError(
+            f"{task}.data: {paired.count(True)} of {len(paired)} rows have a second text (text_pair) and the others have none: "
+            "give it in all of them, or in none"
+        )
+    if task == "pairs" and not any(paired):
+        raise UserError(
+            "pairs.data: its rows have one text: give a second one (text_pair), or take pairs out of bert.tasks"
+        )
+
+
 def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
@@ -224,6 +238,10 @@ def check(config: Config, model: Any) -> None:
         problems.append(
             f"bert.row_length: {config.bert.row_length} tokens hold no two texts beside three marks: use 11"
         )
+    if config.training.label_smoothing_factor:
+        problems.append(
+            "training.label_smoothing_factor: the two losses are the recipe's own, unsmoothed: leave it out"
+        )
     if model.config.type_vocab_size < 2:
         problems.append("model.config.type_vocab_size: two texts need 2 segment ids")
     if problems:
@@ -240,7 +258,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.downstream import load_classes
     from recipes.common.draws import generator, numbered
     from recipes.common.held_out import unigram_loss
-    from recipes.common.masked_language import add_marks, sample
+    from recipes.common.masked_language import add_marks, of_another_document, sample
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import refuse_special_tokens_alone
@@ -249,7 +267,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.training import fit, total_steps
 
     bert, training = config.bert, config.training
-    tokenizer: Any = load_tokenizer(config.model, run)
+    tokenizer: Any = load_tokenizer(config.model, run, writes=False)  # BERT's own has no end of text
     extend_vocabulary(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run, AutoModelForPreTraining)
     check(config, model)
@@ -258,6 +276,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
 
     settings = {"classification": config.classification, "pairs": config.pairs}
     splits = {task: load_classes(settings[task]) for task in bert.tasks}
+    for task, split in splits.items():
+        check_texts(task, split)
     data = load_data(config.data, "text")
     blocks, held_out = (
         blocks_of(join_documents(data[side], bert.joined, training.seed), tokenizer, bert.row_length - 3, side)
@@ -274,13 +294,11 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         )
 
     def rows_of(chosen: list[dict[str, Any]], source: Dataset, seed: int) -> dict[str, Tensor]:
-        """Each block cut, joined and hidden by the randomness of its own draw; B comes from anywhere in `source`."""
+        """Each block cut, joined and hidden by the randomness of its own draw."""
         samples = []
         for row in chosen:
             rng = generator(seed, row["draw"])
-            while (other := source[int(rng.integers(len(source)))])["document"] == row["document"]:
-                pass
-            texts = [(text["input_ids"], text["words"]) for text in (row, other)]
+            texts = [(text["input_ids"], text["words"]) for text in (row, of_another_document(row, source, rng))]
             samples.append(sample(texts[0], texts[1], tokenizer, plain, bert.mask_rate, bert.whole_words, rng))
         batch = {
             name: torch.from_numpy(np.array([row[name] for row in samples])) for name in samples[0]

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section
-from recipes.common.downstream import Downstream
+from recipes.common.downstream import Downstream, name_of
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
@@ -93,6 +93,11 @@ def check(config: Config) -> None:
         problems.append(
             "gpt.in_context: GPT-1 is fine-tuned (gpt.tasks), and has no cache of what it read: leave it out"
         )
+    names = [name_of(source) for source in gpt.tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        problems.append(
+            f"gpt.tasks: several are called {min(twice)!r}, and their figures go by that name: rename a file"
+        )
     if gpt.auxiliary_loss < 0:
         problems.append(f"gpt.auxiliary_loss is {gpt.auxiliary_loss}: a share of a loss is 0 or above; GPT-1 used 0.5")
     if any(count < 0 for count in gpt.shots):
@@ -105,23 +110,6 @@ def check(config: Config) -> None:
         raise UserError(problems)
 
 
-def check_lengths(config: Config, positions: int | None) -> None:
-    """Raise UserError for samples that are longer than the model has positions, or too short to hold anything."""
-    lengths = {"gpt.block_length": config.gpt.block_length}
-    if config.gpt.tasks:
-        lengths["downstream.max_length"] = config.downstream.max_length
-    problems = [
-        f"{name} is {length}, but the model has {positions} positions: lower it, or give more positions"
-        for name, length in lengths.items()
-        if positions is not None and length > positions
-    ]
-    problems += [
-        f"{name} is {length} tokens, too short: use 8 at least" for name, length in lengths.items() if length < 8
-    ]
-    if problems:
-        raise UserError(problems)
-
-
 def make_model(config: Config, run: RunFolder) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model; GPT-1's markers are in both where there are tasks to fine-tune on."""
     from recipes.common.gpt_tasks import add_markers
@@ -130,6 +118,10 @@ def make_model(config: Config, run: RunFolder) -> tuple[PreTrainedTokenizerBase,
     tokenizer = load_tokenizer(config.model, run)
     if config.model.config is None:  # pretrained: its own vocabulary first, then rows for the markers
         model = load_model(config.model, tokenizer, run)
+        if model.config.model_type not in VARIANTS:
+            raise UserError(
+                f"model.name: a {model.config.model_type} is no GPT of this recipe; one of {', '.join(VARIANTS)}"
+            )
         if config.gpt.tasks:
             add_markers(tokenizer)
             model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
@@ -150,9 +142,11 @@ def finish(model: Any, fresh: bool) -> PreTrainedModel:
     return model
 
 
-def from_scratch(model: PreTrainedModel) -> PreTrainedModel:
-    """The same architecture with random weights."""
-    from transformers import AutoModelForCausalLM
+def from_scratch(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The same architecture with random weights, those of the seed."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(seed)
 
     attention = model.config._attn_implementation
     return finish(AutoModelForCausalLM.from_config(model.config, attn_implementation=attention), fresh=True)
@@ -170,7 +164,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
     from recipes.common.in_context import ask_in_context, check_room, load_questions
     from recipes.common.optimizers import check_muon, muon_with_adamw
-    from recipes.common.packing import pack_texts, stacked
+    from recipes.common.packing import check_lengths, pack_texts, stacked
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
@@ -180,7 +174,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     if gpt.optimizer == "muon":
         check_muon(training)
     tokenizer, model = make_model(config, run)
-    check_lengths(config, getattr(model.config, "max_position_embeddings", None))
+    lengths = {"gpt.block_length": gpt.block_length}
+    if gpt.tasks:
+        lengths["downstream.max_length"] = config.downstream.max_length
+    check_lengths(lengths, model)
     fuse_next_token_loss(model)
 
     data = load_data(config.data, "text")
@@ -234,16 +231,17 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         "loss_early_in_context": by_position[:eighth].mean(),  # what reading on buys: learning in context, no gradient
         "loss_late_in_context": by_position[-eighth:].mean(),
     }
-    if model.config.model_type == "gpt_neo":
+    if model.config.model_type == "gpt_neo" and run.is_main:
         from recipes.common.banded_attention import banded_speedup
 
         window, heads = model.config.window_size, model.config.num_attention_heads
         head = model.config.hidden_size // heads
-        figures[f"band_speedup_{32 * window}"] = banded_speedup(window, 32 * window, heads, head)
+        figures[f"band_speedup_{32 * window}"] = banded_speedup(window, 32 * window, heads, head, training.device)
     if questions is not None:
         figures |= ask_in_context(model, tokenizer, questions, gpt.shots, gpt.block_length, training, run)
     for task in tasks:
-        figures |= compare_on_task(task, (model, from_scratch(model)), gpt.auxiliary_loss, training, run)
+        starts = (model, from_scratch(model, training.seed))
+        figures |= compare_on_task(task, starts, gpt.auxiliary_loss, training, run)
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 

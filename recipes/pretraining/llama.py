@@ -34,11 +34,14 @@ from recipes.common.config import Section
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
+from recipes.common.sections import Data, Model, PositiveFloat, PositiveInt, Run, UpToOne
 
 if TYPE_CHECKING:
     import transformers
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# transformers' names for the same block: with a window (mistral), biases (qwen2) or norms (qwen3) beside it
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Llama:
         "muon"  # muon: hidden matrices by Muon, the rest by AdamW; LLaMA's own is adamw
     )
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
-    evaluation_stride: OpenUnitInterval = (
+    evaluation_stride: UpToOne = (
         0.5  # share of a window that moves on at each evaluation step; smaller sees more context
     )
     compare_with_xz: bool = True  # xz -9 on the same held-out text, cold and after the training text
@@ -150,7 +153,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.generation import continue_prompts
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import check_muon, muon_with_adamw
-    from recipes.common.packing import pack_texts, stacked
+    from recipes.common.packing import check_lengths, pack_texts, stacked
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
@@ -160,12 +163,11 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         check_muon(training)
     tokenizer = load_tokenizer(config.model, run)
     model = load_model(config.model, tokenizer, run)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and llama.block_length > positions:
+    if model.config.model_type not in FAMILY:
         raise UserError(
-            f"llama.block_length is {llama.block_length}, but the model has {positions} positions "
-            "(model.config.max_position_embeddings): lower the one, or raise the other"
+            f"model: this recipe trains a LLaMA ({', '.join(FAMILY)}), not a {model.config.model_type}: set model_type: llama"
         )
+    check_lengths({"llama.block_length": llama.block_length}, model)
     fuse_next_token_loss(model)
 
     data = load_data(config.data, "text")

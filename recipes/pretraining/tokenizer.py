@@ -53,7 +53,7 @@ from recipes.common.chat import (
 from recipes.common.errors import DryRunDone, UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, OpenUnitInterval, PositiveInt, Run
+from recipes.common.sections import Data, PositiveInt, Run, UpToOne
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ class Tokenizer:
     conversations: list[str] = field(default_factory=lambda: ["tasks", "pydocs_qa"])  # their messages join the text
     max_bytes: PositiveInt = 12_000_000  # of data that is trained on; each conversation set adds at most a tenth of it
     unigram_max_bytes: PositiveInt = 3_000_000  # of all that, what Unigram sees: it takes ten times longer
-    character_coverage: OpenUnitInterval = 0.9999  # of the text; rarer characters are left to bytes or <|unk|>
+    character_coverage: UpToOne = 0.9999  # of the text; rarer characters are left to bytes or <|unk|>
     sentencepiece: Literal["bpe", "unigram"] = "bpe"  # which algorithm SentencePiece runs; LLaMA 1 and 2 use bpe
 
 
@@ -276,8 +276,13 @@ def train(kind: Kind, texts: Sequence[str], settings: Tokenizer) -> PreTrainedTo
                 raise
             raise UserError(_misfit(kind, size, int(found[1]))) from error
         backend = sentencepiece_to_fast(model, settings.sentencepiece)
+    elif kind == "unigram":
+        alphabet = set().union(*map(set, texts))
+        if (least := len(alphabet) + len(special_tokens(unk=True))) > size:
+            raise UserError(_misfit(kind, size, least))
+        backend = train_unigram(texts, size)
     else:
-        backend = {"bpe": train_bpe, "wordpiece": train_wordpiece, "unigram": train_unigram}[kind](texts, size)
+        backend = {"bpe": train_bpe, "wordpiece": train_wordpiece}[kind](texts, size)
     if (got := backend.get_vocab_size()) != size:
         raise UserError(_misfit(kind, size, got))
     return with_chat(backend)

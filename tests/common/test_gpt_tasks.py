@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from recipes.common import in_context
+from recipes.common import gpt_tasks, in_context
 from recipes.common.banded_attention import use_fast_attention
+from recipes.common.downstream import Downstream
 from recipes.common.errors import UserError
 from recipes.common.gpt_tasks import (
     CHOICES,
@@ -102,6 +104,30 @@ def test_choices_are_the_target_among_others_anywhere() -> None:
     assert made == choose_among(rows, seed=0) != choose_among(rows, seed=1)
 
 
+def test_a_choice_that_is_right_too_is_not_among_the_wrong_ones() -> None:
+    rows = [{"source": f"s{i}", "target": f"t{i % 5}"} for i in range(200)]
+    for row, made in zip(rows, choose_among(rows, seed=0), strict=True):
+        _, *choices = made["texts"]
+        assert choices[made["label"]] == row["target"] and len(set(choices)) == CHOICES
+    with pytest.raises(UserError, match="have 3 different targets"):
+        choose_among([{"source": f"s{i}", "target": f"t{i % 3}"} for i in range(200)], seed=0)
+
+
+def test_both_starts_get_the_same_layer_for_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=1, n_positions=12))
+    caught: list[Any] = []
+
+    def compare(pretrained: Any, fresh: Any, *_: Any) -> dict[str, float]:
+        caught.extend((pretrained, fresh))
+        return {}
+
+    monkeypatch.setattr(gpt_tasks, "compare_starts", compare)
+    task = gpt_tasks.Task("x", "classification", Downstream(), 3, [], [{"label": 0}])
+    gpt_tasks.compare_on_task(task, (model, model), 0.5, SimpleNamespace(seed=3), None)  # type: ignore[arg-type]
+    weights = [made.head.weight for made in caught]
+    assert len(weights) == 4 and all(weight.equal(weights[0]) for weight in weights)  # with L1 and without it
+
+
 def test_a_task_of_two_texts_refuses_one(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="needs two texts"):
         encode_rows("entailment", [{"text": "a", "text_pair": None, "label": "x"}], ["x", "y"], tokenizer, 50, seed=0)
@@ -114,7 +140,8 @@ def rows_of(kind: Any, tokenizer: Any) -> list[dict[str, Any]]:
     if kind == "multiple_choice":
         rows = [{"source": f"source {i}" * (i + 1), "target": f"target {i}"} for i in range(4)]
     else:
-        rows = [{"text": f"text {i} " * (i + 1), "text_pair": f"pair {i}", "label": "xyzx"[i]} for i in range(4)]
+        pairs = [None if kind == "classification" else f"pair {i}" for i in range(4)]
+        rows = [{"text": f"text {i} " * (i + 1), "text_pair": pairs[i], "label": "xyzx"[i]} for i in range(4)]
     return encode_rows(kind, rows, ["x", "y", "z"], tokenizer, 96, seed=0)
 
 

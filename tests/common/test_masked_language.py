@@ -15,6 +15,7 @@ from recipes.common.masked_language import (
     add_marks,
     choose,
     hide,
+    of_another_document,
     sample,
     segments,
 )
@@ -114,6 +115,17 @@ def test_half_of_the_second_texts_follow_and_all_have_the_blocks_length() -> Non
         assert list(a) == block[: len(a)]
         assert list(b) == (block[len(a) :] if label == FOLLOWS else other[: len(b)])
     assert labels[FOLLOWS] / 10_000 == pytest.approx(0.5, abs=0.02) and set(labels) == {FOLLOWS, ANOTHER}
+
+
+def test_the_other_text_is_of_any_other_document_and_never_of_its_own() -> None:
+    rows = [{"document": document, "block": block} for document in range(4) for block in range(3)]
+    drawn = Counter(
+        (other["document"], other["block"])
+        for seed in range(9_000)
+        for other in [of_another_document(rows[4], rows, rng(seed))]
+    )
+    assert {document for document, _ in drawn} == {0, 2, 3} and len(drawn) == 9
+    assert all(count == pytest.approx(1_000, abs=130) for count in drawn.values())  # 4 sigma
 
 
 def test_a_row_has_berts_form_and_gives_the_text_back() -> None:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import hub_stand_ins
 import pytest
 import torch
 from tiny_chat import command_line, make_tokenizer
@@ -31,7 +32,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(f"the {a} {verb} by the {b}. " for b in nouns for _ in range(1 + n))
         for a, verb, n in itertools.product(nouns, verbs, range(3))
     ]
-    classes = [{"text": f"the {n} {v} by", "label": n} for n in nouns for v in verbs]
+    classes = [{"text": f"the {n} {v} by {i}", "label": n} for i in range(10) for n in nouns for v in verbs]
     pairs = [
         {"sentence1": f"the {n}", "sentence2": f"a {m}", "label": int(n == m)}
         for n, m in [*itertools.product(nouns, nouns), *zip(nouns, nouns, strict=True)]
@@ -107,6 +108,7 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"pairs__data": "nowhere.jsonl"}, "nowhere.jsonl"),  # what comes after the pretraining is read before it
         ({"bert__row_length": 10}, "bert.row_length"),
         ({"pairs__max_length": 49}, "pairs.max_length"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
         ({"data__streaming": "true"}, "data.streaming"),
         ({"model__config": json.dumps({**MODEL, "type_vocab_size": 1})}, "type_vocab_size"),
         ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "model_type"),
@@ -114,6 +116,29 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
 )
 def test_bad_input_is_one_clear_error(refuses: Any, sources: Path, changes: dict[str, Any], said: str) -> None:
     refuses(bert, tiny(sources, **changes), said)
+
+
+def test_rows_of_one_text_where_two_are_needed_or_of_both_kinds_are_refused(refuses: Any, sources: Path) -> None:
+    refuses(bert, tiny(sources, pairs__data=sources / "classes.jsonl"), "pairs.data: its rows have one text")
+    rows = (sources / "pairs.jsonl").read_text() + (sources / "classes.jsonl").read_text()
+    mixed = [{**json.loads(line), "label": i % 2} for i, line in enumerate(rows.splitlines())]
+    renamed = [
+        {"text": row.get("text", row.get("sentence1")), "text_pair": row.get("sentence2"), "label": row["label"]}
+        for row in mixed
+    ]
+    (sources / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    refuses(bert, tiny(sources, classification__data=sources / "mixed.jsonl"), "rows have a second text")
+
+
+@pytest.mark.slow
+def test_berts_own_tokenizer_which_has_no_end_of_text_will_do(
+    run_in_process: Any, sources: Path, tmp_path: Path
+) -> None:
+    hub_stand_ins.bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    changes = {"model__tokenizer": tmp_path / "tokenizer", "bert__whole_words": "true", "training__max_steps": 2}
+    done = run_in_process(bert, tiny(sources, **changes), tmp_path / "runs")
+    assert done.code == 0, done.err
+    assert "[MASK]" in (done.folder / "samples/filled.txt").read_text()
 
 
 def test_one_document_alone_is_refused(run_in_process: Any, sources: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,18 @@ def gpt_validation(sources: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", MODELS)
+def test_the_loss_that_is_trained_on_is_the_mean_over_what_is_predicted(
+    run_in_process: Any, sources: Path, tmp_path: Path, variant: str
+) -> None:
+    """In blocks of 8 tokens 7 are predicted: a mean over 8 would be an eighth too small."""
+    words = {"gpt__block_length": 8, "training__max_steps": 1, "training__per_device_train_batch_size": 64}
+    done = run_in_process(gpt, tiny(sources, variant, **words), tmp_path)
+    assert done.code == 0, done.err
+    assert done.history()[0]["loss"] == pytest.approx(done.figures["untrained_loss"], rel=0.03)
+
+
+@pytest.mark.slow
 def test_gpt1_tunes_each_kind_of_task_with_and_without_the_language_loss(
     run_in_process: Any, sources: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +165,24 @@ def test_gpt3_is_asked_with_no_one_and_a_few_examples(run_in_process: Any, sourc
         assert 0 <= done.figures[f"in_context_accuracy_{shots}_shot"] <= 1
     shown = (done.folder / "samples/prompt.txt").read_text()
     assert shown.count("Answer: ") == 2 and shown.endswith("Answer:")
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_its_fine_tuning_resumes_to_the_same_figures(
+    run_in_process: Any, sources: Path, tmp_path: Path
+) -> None:
+    """W_y and the random start are drawn from the seed, not from where training left the random numbers."""
+    words = {"gpt__tasks": json.dumps({f"{sources}/one.jsonl": "classification"}), "downstream__eval_rows": 40}
+    line = tiny(sources, "gpt2", training__max_steps=3, downstream__steps=20, **words)
+    whole = run_in_process(gpt, line, tmp_path)
+    assert whole.code == 0, whole.err
+    (whole.folder / "metrics.json").unlink()  # as it was while the tasks were learned
+    again = run_in_process(gpt, [*line, "--run.resume", "true"], tmp_path)
+    assert again.code == 0, again.err
+    of_tasks = [name for name in whole.figures if "one_" in name]
+    assert of_tasks and all(again.figures[name] == whole.figures[name] for name in of_tasks)
+    losses = [re.findall(r"one, (?:pretrained|from scratch): loss ([\d.]+)", run.out) for run in (whole, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 @pytest.mark.slow
@@ -212,7 +243,8 @@ def test_gpt1_normalises_after_each_block_and_gpt2_and_gpt3_before() -> None:
 
 def test_from_scratch_is_the_same_architecture_with_other_weights() -> None:
     model = make("gpt3")
-    other = gpt.from_scratch(model)
+    other, third = gpt.from_scratch(model, 1), gpt.from_scratch(model, 1)
+    assert all(weight.equal(third.state_dict()[name]) for name, weight in other.state_dict().items())
     assert other.state_dict().keys() == model.state_dict().keys()
     assert {type(block.attn.attention) for block in other.transformer.h} == {FastSelfAttention}
     q = "transformer.h.0.attn.attention.q_proj.weight"
@@ -278,6 +310,7 @@ def test_held_out_blocks_lose_at_most_one_blocks_tail() -> None:
         ("gpt2", {"model__config": '{"model_type": "llama"}'}, "is no GPT of this recipe"),
         ("gpt2", {"model__config": '{"model_type": "gpt2", "n_positions": 64, "tie_word_embeddings": false}'}, "tie_word"),
         ("gpt2", {"gpt__tasks": '{"a": "translation"}'}, "gpt.tasks"),
+        ("gpt2", {"gpt__tasks": '{"a/x.jsonl": "classification", "b/x.jsonl": "similarity"}'}, "several are called 'x'"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said_before_anything_runs(
@@ -295,6 +328,7 @@ def test_rows_that_do_not_fit_their_task_are_said_before_the_training(
     for changes, says in (
         ({"gpt__tasks": classify, "downstream__validation_split": "dev"}, "has no split 'dev'"),
         ({"gpt__tasks": json.dumps({f"{sources}/one.jsonl": "similarity"})}, "needs two texts"),
+        ({"gpt__tasks": json.dumps({f"{sources}/two.jsonl": "classification"})}, "and these have two"),
         ({"gpt__in_context": f"{sources}/one.jsonl", "downstream__labels": 1}, "one class alone"),
         ({"gpt__in_context": f"{sources}/one.jsonl", "gpt__shots": "[0, 33]"}, "33 examples of 32 rows"),
         ({"gpt__in_context": f"{sources}/one.jsonl", "gpt__shots": "[8]"}, "a prompt with 8 examples takes"),

@@ -22,7 +22,7 @@ from recipes.common.config.schema import alternatives, union
 
 # What the libraries do not check themselves, and what would fail hours later or never.
 _Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], docstring="float restricted to be ≥0 and <1")
-_UpToOne = restricted_number_type("UpToOne", float, [(">", 0), ("<=", 1)], docstring="float restricted to be >0 and ≤1")
+UpToOne = restricted_number_type("UpToOne", float, [(">", 0), ("<=", 1)], docstring="float restricted to be >0 and ≤1")
 _BOUNDED: dict[Any, str] = {
     PositiveInt: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
     "eval_accumulation_steps dataset_num_proc max_length max_completion_length num_generations num_iterations r init_r "
@@ -32,7 +32,7 @@ _BOUNDED: dict[Any, str] = {
     "temperature repetition_penalty",
     NonNegativeFloat: "warmup_steps weight_decay max_grad_norm eval_delay beta epsilon",
     _Share: "adam_beta1 adam_beta2 lora_dropout encoder_dropout label_smoothing_factor",
-    _UpToOne: "top_p",
+    UpToOne: "top_p",
     union([PositiveInt, Literal[-1]]): "max_steps",
 }
 BOUNDS: dict[str, Any] = {name: bound for bound, names in _BOUNDED.items() for name in names.split()}
