@@ -163,3 +163,14 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert done.code == 2
     assert told in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_and_packing(
+    run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    """The importance of a triplet is taken from gradients, which are the same."""
+    few = {**FEW, **checks.FOUR_STEPS, "adalora.tinit": 1, "adalora.tfinal": 1}
+    checks.check_checkpointing_and_packing(
+        adalora, checks.arguments(chat_model, questions, few), run_in_process, tmp_path
+    )

@@ -276,3 +276,11 @@ def test_an_adapter_of_the_adapter_recipe_is_of_its_form(
     told = json.loads((done.folder / "adapter" / "adapter.json").read_text())
     assert told["method"] == "adapter"
     assert Adapter(**told["settings"]).bottleneck == 8
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_and_packing(
+    run_in_process: checks.Run, chat_model: Path, questions: Path, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    line = checks.arguments(chat_model, questions, few(sources, **checks.FOUR_STEPS, **{"fusion.steps": 4}))
+    checks.check_checkpointing_and_packing(adapter_fusion, line, run_in_process, tmp_path)

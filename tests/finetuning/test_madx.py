@@ -246,3 +246,12 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
 ) -> None:
     changes, told = BAD[case]
     checks.check_refused(madx, checks.arguments(chat_model, bilingual, FEW, changes), told, run_in_process, tmp_path)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_and_packing(
+    run_in_process: checks.Run, chat_model: Path, bilingual: str, tmp_path: Path
+) -> None:
+    """Of the languages' training too."""
+    line = checks.arguments(chat_model, bilingual, {**FEW, **checks.FOUR_STEPS, "madx.steps": 4})
+    checks.check_checkpointing_and_packing(madx, line, run_in_process, tmp_path)
