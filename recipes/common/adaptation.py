@@ -130,6 +130,8 @@ def make_trainer(task: Task, model: Any, args: SFTConfig, run: RunFolder) -> Tra
     trainer = Trainer(
         model, args, train_dataset=train, eval_dataset=held_out, data_collator=lambda rows: collate(task, rows, args)
     )
+    # encoders' and encoder-decoders' losses are a micro-batch's mean whatever they are given: the Trainer is to divide
+    trainer.model_accepts_loss_kwargs = False
     if args.train_sampling_strategy == "group_by_length":
         group_by_length(trainer, [sum(map(len, filter(None, _sides(row)))) for row in train])
     return trainer

@@ -78,9 +78,10 @@ def infill(tokens: np.ndarray, starts: Iterable[int], spans: Iterable[int], mask
 
 
 def sentence_starts(tokens: np.ndarray, marks: Marks) -> np.ndarray:
-    """Where sentences begin: at 0, and behind a full stop that white space follows, so that `os.path` is none."""
+    """Where sentences begin: at 0, behind a full stop that white space follows, so that `os.path` is none, and behind the end
+    of a text: a block holds several."""
     after_stop = marks.stop[tokens[:-1]] & marks.space[tokens[1:]]
-    return np.concatenate([[0], np.flatnonzero(after_stop) + 1])
+    return np.concatenate([[0], np.flatnonzero(after_stop | (tokens[:-1] == marks.end)) + 1])
 
 
 def permute(tokens: np.ndarray, starts: np.ndarray, order: Sequence[int]) -> np.ndarray:
@@ -153,6 +154,6 @@ def corrupt(
         elif kind == "sentence_permutation":
             starts = sentence_starts(tokens, marks)
             tokens = permute(tokens, starts, rng.permutation(len(starts)).tolist())
-        else:
+        elif size:  # all of a short text may have been deleted
             tokens = rotate(tokens, int(rng.integers(size)))
     return tokens

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
+
+from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +36,8 @@ class Numbered(TorchDataset):  # type: ignore[type-arg]
         return self.draws
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        if i >= self.draws:
+            raise IndexError(i)  # ends a `for` over the rows
         return {**self.rows[i % len(self.rows)], "draw": i}
 
 
@@ -41,6 +45,8 @@ def numbered(rows: Any, args: TrainingArguments) -> Any:
     """Rows with a "draw" each, as many as args.max_steps (or else num_train_epochs) will take; a stream is numbered as it comes."""
     args.remove_unused_columns = False  # the collator wants the number, which is no argument of the model
     if not hasattr(rows, "__len__"):
+        # each process makes its own batches: else one makes all of a step's, and joins what has different lengths
+        cast("Any", args.accelerator_config).dispatch_batches = False
         return rows.map(lambda row, i: {**row, "draw": i}, with_indices=True)
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps > 0:
@@ -48,6 +54,14 @@ def numbered(rows: Any, args: TrainingArguments) -> Any:
     draws = math.ceil(len(rows) * args.num_train_epochs)
     args.num_train_epochs = 1  # they are in the numbers now
     return Numbered(rows, draws)
+
+
+def refuse_smoothing(args: TrainingArguments) -> None:
+    """Raise UserError for a loss that the Trainer would work out itself, from logits that these objectives do not hand out."""
+    if args.label_smoothing_factor:
+        raise UserError(
+            "training.label_smoothing_factor: an objective that hides parts of a text has its own loss, unsmoothed: leave it out"
+        )
 
 
 def generator(seed: int, draw: int) -> np.random.Generator:

@@ -17,8 +17,10 @@ from recipes.common.errors import UserError
 from recipes.common.hub import is_cached, why_not_on_hub
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Model
+from recipes.common.sharding import launched_with
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -281,9 +283,24 @@ def _keep_tied_weights_together(model: Any) -> None:
     output head too (BERT's), would take them away from the head."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return
-    table = model.get_input_embeddings()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if launched_with() == "FSDP":
+        _share_no_parameter(model, table, head)
     holding = {type(module).__name__ for module in model.modules() if any(part is table for part in module.children())}
     model._no_split_modules = set(getattr(model, "_no_split_modules", None) or ()) - holding
+
+
+def _share_no_parameter(model: Any, table: nn.Module, head: nn.Module | None) -> None:
+    """FSDP wants a parameter in one unit. What an encoder and a decoder share with their table (BART's, T5's) becomes the same
+    module; of the bias that BERT's head has under two names, the one that computes nothing goes (`whole_model` puts it back)."""
+    for holder in list(model.modules()):
+        for name, part in list(holder.named_children()):
+            if type(part) is type(table) and part is not table and part.weight is table.weight:
+                setattr(holder, name, table)
+        bias = None if head is None or holder is head else getattr(head, "bias", None)
+        for name, parameter in list(holder.named_parameters(recurse=False)):
+            if parameter is bias:
+                holder.register_parameter(name, None)
 
 
 def _parameters_of(auto_class: Any, config: Any) -> int:

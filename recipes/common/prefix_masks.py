@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LEFT_TO_RIGHT, RIGHT_TO_LEFT, BIDIRECTIONAL, SEQUENCE_TO_SEQUENCE = range(4)
 KINDS = ("left_to_right", "right_to_left", "bidirectional", "sequence_to_sequence")
+PADDED_TO = 16  # tokens of a batch are a multiple of it: few shapes, and products that suit the kernels
 SHARES = (1 / 6, 1 / 6, 1 / 3, 1 / 3)  # how often each is trained, section 2.4
 SEGMENTS = ((2, 2), (3, 3), (0, 1), (4, 5))  # segment ids of the first and the second segment under each
 MASK_TOKEN, START_TOKEN = "<|mask|>", "<|start|>"
@@ -191,10 +192,10 @@ def answer_sample(
 
 
 def batch_of(samples: Sequence[Sample], marks: Marks) -> dict[str, Tensor]:
-    """Samples as the model takes them, padded at the end to the longest, to a multiple of 16: (batch, seq)."""
+    """Samples as the model takes them, padded at the end to the longest, to a multiple of PADDED_TO: (batch, seq)."""
     import torch
 
-    size = -(-max(len(sample.tokens) for sample in samples) // 16) * 16
+    size = -(-max(len(sample.tokens) for sample in samples) // PADDED_TO) * PADDED_TO
 
     def stack(rows: list[list[int]], filler: int) -> Tensor:
         # by way of numpy, which reads lists faster than torch does
@@ -292,3 +293,4 @@ def train_on_cloze(model: Any) -> None:
 
     model.forward = forward
     model.accepts_loss_kwargs = False  # a micro-batch's mean, not a sum over all: the Trainer divides
+    model.given_loss_by = train_on_cloze  # for sharding.whole_model's copy

@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 
 from recipes.common.config.values import UpToOne
 
 __all__ = [
-    "Data", "Evaluation", "Model", "NonNegativeInt", "OpenUnitInterval", "PositiveFloat", "PositiveInt", "Run", "UpToOne",
+    "ClosedUnitInterval", "Data", "Evaluation", "Model", "NonNegativeInt", "OpenUnitInterval", "PositiveFloat", "PositiveInt",
+    "Run", "UpToOne",
 ]  # fmt: skip
 
 

@@ -45,11 +45,19 @@ def whole_model(trainer: Trainer) -> Any:
         return model.to(trainer.args.device)
     with torch.random.fork_rng(), loaded_whole():
         whole = type(model)(copy.deepcopy(model.config))
-    pieces = dict(model.named_parameters())
+    pieces = dict(model.named_parameters(remove_duplicate=False))
+    filled = set()
     with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            parameter.data = gathered(pieces[name]).to(trainer.args.device, copy=True)
+        for name, parameter in whole.named_parameters(
+            remove_duplicate=False
+        ):  # under each of its names: one may be missing
+            if name in pieces and id(parameter) not in filled:
+                parameter.data = gathered(pieces[name]).to(trainer.args.device, copy=True)
+                filled.add(id(parameter))
+    assert all(id(parameter) in filled for parameter in whole.parameters())
     whole.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    if again := getattr(model, "given_loss_by", None):  # a function that put another loss into the model's forward
+        again(whole)
     return whole.to(trainer.args.device)
 
 

@@ -113,25 +113,34 @@ def compare_classification(
     return compare_classifiers(starts, split, classifier, inputs, settings, training, run, "classification")
 
 
+def sides_of(rows: list[dict[str, Any]], back: bool = False) -> tuple[list[str], list[str]]:
+    """Sources and targets of the rows; `back` swaps them."""
+    sources, targets = ([row[side] for row in rows] for side in ("source", "target"))
+    return (targets, sources) if back else (sources, targets)
+
+
 def encoded(rows: list[dict[str, Any]], tokenizer: Any, marks: Marks, length: int, back: bool = False) -> list[Pair]:
     """Rows of {"source", "target"} in tokens, each side with its start and end; `back` swaps the sides."""
     from recipes.common.text_to_text import Pair, encode_pairs
 
-    sides = [[row[side] for row in rows] for side in (("target", "source") if back else ("source", "target"))]
-    pairs = encode_pairs(tokenizer, sides[0], sides[1], length - 1)
+    pairs = encode_pairs(tokenizer, *sides_of(rows, back), length - 1)
     return [Pair([marks.start, *source], [marks.start, *target]) for source, target in pairs]
 
 
-def writing_score(config: Config, run: RunFolder, tokenizer: Any, name: str, pairs: list[Pair]) -> Any:
-    """The held-out loss of the targets, and the words that written ones share with them, of a model."""
+def writing_score(
+    config: Config, run: RunFolder, tokenizer: Any, name: str, pairs: list[Pair], texts: tuple[list[str], list[str]]
+) -> Any:
+    """The held-out loss of the targets, and the words that written ones share with them, of a model.
+
+    texts: the sources and targets of the pairs as they were given, of which the pairs may be cut
+    """
     from recipes.common.downstream import written_score
     from recipes.common.text_to_text import batch_of, write
 
     bart, args, shown = config.bart, config.training, pairs[: config.bart.written]
     how = bart.bleu if name == "translation" else None
-    sides = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in zip(*shown, strict=True))
     return written_score(
-        *sides,
+        *(side[: len(shown)] for side in texts),
         lambda model: write(model, shown, tokenizer, bart.longest_answer, args.bf16, beams=bart.beams),
         [batch_of(pairs[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(pairs), 32)],
         args,
@@ -150,7 +159,7 @@ def compare_generation(
 
     settings = config.generation
     rows, test = (encoded(some, tokenizer, marks, settings.max_length) for some in split)
-    score = writing_score(config, run, tokenizer, "generation", test)
+    score = writing_score(config, run, tokenizer, "generation", test, sides_of(split[1]))
     pretrained, fresh = two_starts(model, config.training.seed)
     return compare_starts(
         pretrained, fresh, rows, lambda pairs: batch_of(pairs, marks.pad), settings, score, config.training, run,
@@ -210,7 +219,7 @@ def compare_translation(
         if bart.translation_optimizer == "muon" else None
     )  # fmt: skip
     rows, test = (encoded(some, tokenizer, marks, settings.max_length, bart.translate_back) for some in split)
-    score = writing_score(config, run, tokenizer, "translation", test)
+    score = writing_score(config, run, tokenizer, "translation", test, sides_of(split[1], bart.translate_back))
     figures: dict[str, float] = {}
     for prefix, start in zip(("", "baseline_"), two_starts(model, training.seed), strict=True):
         torch.manual_seed(training.seed)  # the new encoder is the same in both
@@ -242,11 +251,13 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BartForConditionalGeneration
 
+    from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
 
     bart = config.bart
     if "muon" in (bart.optimizer, bart.translation_optimizer):
         check_muon(config.training)
+    refuse_smoothing(config.training)
     if not isinstance(model, BartForConditionalGeneration):
         raise UserError(f"model: {type(model).__name__} is not BART: set model_type: bart, or give a BART's name")
     positions = model.config.max_position_embeddings
@@ -261,6 +272,8 @@ def check(config: Config, model: Any) -> None:
         problems.append("bart.corruptions: there is none, and a text that is not corrupted is only copied: name one")
     if bart.block_length < 8:
         problems.append(f"bart.block_length: {bart.block_length} tokens are too short to be corrupted: use 8 at least")
+    if bart.mean_span > bart.block_length:
+        problems.append(f"bart.mean_span: {bart.mean_span:g} tokens are more than a text has, {bart.block_length}")
     if bart.longest_answer >= positions:
         problems.append(f"bart.longest_answer: {bart.longest_answer} is not below the {positions} positions")
     if problems:
@@ -290,6 +303,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         decoder_start_token_id=marks.end, forced_eos_token_id=None,
     )  # fmt: skip
     check(config, model)
+    model.accepts_loss_kwargs = (
+        False  # the library's loss is a micro-batch's mean whatever it is given: the Trainer divides
+    )
 
     splits = {
         task: load_classes(config.classification)

@@ -219,10 +219,12 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
 
+    from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
 
     if config.bert.optimizer == "muon":
         check_muon(config.training)
+    refuse_smoothing(config.training)
     if not isinstance(model, BertForPreTraining):
         raise UserError(f"model: this recipe pretrains a BERT, not a {type(model).__name__}: set model_type: bert")
     problems = []
@@ -237,10 +239,6 @@ def check(config: Config, model: Any) -> None:
     if config.bert.row_length < 11:
         problems.append(
             f"bert.row_length: {config.bert.row_length} tokens hold no two texts beside three marks: use 11"
-        )
-    if config.training.label_smoothing_factor:
-        problems.append(
-            "training.label_smoothing_factor: the two losses are the recipe's own, unsmoothed: leave it out"
         )
     if model.config.type_vocab_size < 2:
         problems.append("model.config.type_vocab_size: two texts need 2 segment ids")

@@ -36,7 +36,7 @@ from recipes.common.downstream import Downstream, Split
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
+from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run, UpToOne
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class Glm:
     )
     mask_rate: OpenUnitInterval = 0.15  # share of a text cut out, of short spans and of sentences; section 2.1
     mean_span: PositiveFloat = 3.0  # tokens, of the Poisson that gives a short span's length; section 2.1
-    shortest_document: OpenUnitInterval = 0.5  # share of a text that a document-level span covers at least; section 2.2
+    shortest_document: UpToOne = 0.5  # share of a text that a document-level span covers at least; section 2.2
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW; GLM's own is adamw
     muon_learning_rate: PositiveFloat = 0.01  # of the hidden matrices, scaled to AdamW's update size (Moonshot 2025)
     cloze: str = "\nimport {mask}\n"  # stands behind a text to be classified; its class is the word in the blank
@@ -201,15 +201,17 @@ def compare_generation(
 # -------------------------------------------------------------------------------------------------------- the story
 
 
-def check(config: Config, model: Any) -> None:
+def check(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from recipes.common.blank_infilling import check_mix
+    from recipes.common.draws import refuse_smoothing
     from recipes.common.modeling_blank_infilling import BlankInfillingModel
     from recipes.common.optimizers import check_muon
 
     glm = config.glm
     if glm.optimizer == "muon":
         check_muon(config.training)
+    refuse_smoothing(config.training)
     if not isinstance(model, BlankInfillingModel):
         raise UserError(
             "model: a GLM is model.config with model_type: blank_infilling, or model.name of one saved here"
@@ -225,12 +227,24 @@ def check(config: Config, model: Any) -> None:
     for name, section in (("classification", config.classification), ("generation", config.generation)):
         if section.max_length > positions:
             problems.append(f"{name}.max_length: {section.max_length} is above the model's {positions} positions")
+    if glm.block_length < 8:
+        problems.append(
+            f"glm.block_length: {glm.block_length} tokens are too short for a span to be cut out: use 8 at least"
+        )
+    if glm.mean_span > glm.block_length:
+        problems.append(f"glm.mean_span: {glm.mean_span:g} tokens are more than a text has, {glm.block_length}")
     if glm.longest_answer > config.generation.max_length // 2:
         problems.append(
             f"glm.longest_answer: {glm.longest_answer} is above half of generation.max_length, {config.generation.max_length}"
         )
     if glm.cloze.count("{mask}") != 1:
         problems.append(f"glm.cloze: {glm.cloze!r} must hold {{mask}} once: the blank that the class is read from")
+    elif (pattern := sum(map(len, encode_plain(tokenizer, glm.cloze.split("{mask}")))) + 1) + 4 > (
+        room := config.classification.max_length
+    ):
+        problems.append(
+            f"classification.max_length: {room} tokens leave less than 4 of the text beside glm.cloze, which takes {pattern}"
+        )
     if problems:
         raise UserError(problems)
 
@@ -253,7 +267,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model, run)
     marks = extend_vocabulary(add_marks, tokenizer, config.model, run)
     model: Any = load_model(config.model, tokenizer, run)
-    check(config, model)
+    check(config, model, tokenizer)
 
     labelled, pairs = load_classes(config.classification), load_rows(config.generation, "pair")
     data = load_data(config.data, "text")

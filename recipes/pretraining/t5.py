@@ -77,7 +77,7 @@ class Finetuning:
     steps: PositiveInt = 300
     batch_size: PositiveInt = 32
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: as in pretraining, with the rates of t5 and training
-    learning_rate: PositiveFloat = 1e-3  # of adamw; T5's constant rate, section 3.1.2
+    learning_rate: PositiveFloat = 1e-3  # of adamw, falling to 0; T5's own stays there, section 3.1.2
     max_length: PositiveInt = 128  # tokens of a source, and of a target
     eval_rows: PositiveInt = 200  # held-out rows of each task that an answer is written for
     longest_answer: PositiveInt = 32  # tokens written
@@ -223,17 +223,21 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import T5ForConditionalGeneration
 
+    from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
     from recipes.common.span_corruption import lengths, longest_text
 
     t5 = config.t5
     if "muon" in (t5.optimizer, config.finetuning.optimizer):
         check_muon(config.training)
+    refuse_smoothing(config.training)
     if not isinstance(model, T5ForConditionalGeneration):
         raise UserError(f"model: {type(model).__name__} is not T5: set model_type: t5, or give a T5's name")
     problems = []
     if t5.input_length < 8:
         problems.append(f"t5.input_length: {t5.input_length} tokens are too short for a span to be cut out: use 8")
+    elif t5.mean_span > t5.input_length:
+        problems.append(f"t5.mean_span: {t5.mean_span:g} tokens are more than a text has, {t5.input_length}")
     else:
         spans = lengths(
             longest_text(t5.input_length, t5.corruption_rate, t5.mean_span), t5.corruption_rate, t5.mean_span
@@ -275,6 +279,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         config.model, tokenizer, run, AutoModelForSeq2SeqLM, decoder_start_token_id=tokenizer.pad_token_id
     )
     check(config, model)
+    model.accepts_loss_kwargs = (
+        False  # the library's loss is a micro-batch's mean whatever it is given: the Trainer divides
+    )
 
     sections = {name: getattr(config, name) for name in TASKS}
     texts = {name: task_texts(name, task, config.finetuning.eval_rows) for name, task in sections.items() if task.rows}

@@ -37,7 +37,7 @@ from recipes.common.downstream import Downstream, Split
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
+from recipes.common.sections import ClosedUnitInterval, Data, Model, OpenUnitInterval, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Unilm:
 
     block_length: PositiveInt = 509  # tokens of text in an input; with [SOS] and two [EOS] 512, section 2.4
     mask_rate: OpenUnitInterval = 0.15  # share of the tokens that is masked; section 2.4
-    longer: OpenUnitInterval = 0.2  # share of the maskings that are a bigram or a trigram; section 2.4
+    longer: ClosedUnitInterval = 0.2  # share of the maskings that are a bigram or a trigram; section 2.4
     answer_mask_rate: OpenUnitInterval = 0.7  # share of a target's tokens masked in fine-tuning; section 3.1
     optimizer: Literal["muon", "adamw"] = (
         "muon"  # muon: hidden matrices by Muon, the rest by AdamW; the paper's is adamw
@@ -188,12 +188,14 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
 
+    from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
-    from recipes.common.prefix_masks import SEGMENTS
+    from recipes.common.prefix_masks import PADDED_TO, SEGMENTS
 
     unilm = config.unilm
     if unilm.optimizer == "muon":
         check_muon(config.training)
+    refuse_smoothing(config.training)
     if not isinstance(model, BertForPreTraining):
         raise UserError(f"model: UniLM is a BERT under four masks, not a {type(model).__name__}: set model_type: bert")
     problems = []
@@ -207,11 +209,19 @@ def check(config: Config, model: Any) -> None:
         ("classification.max_length:", config.classification.max_length),
         ("generation.max_length:", config.generation.max_length),
     ):
-        if length > model.config.max_position_embeddings:
+        padded = -(-length // PADDED_TO) * PADDED_TO
+        if padded > model.config.max_position_embeddings:
             problems.append(
-                f"{name} {length} tokens are above model.config.max_position_embeddings, "
+                f"{name} {length} tokens, {padded} with their padding, are above model.config.max_position_embeddings, "
                 f"{model.config.max_position_embeddings}"
             )
+    problems += [
+        f"{name}.max_length: {section.max_length} tokens are too short: use 8 at least"
+        for name, section in (("classification", config.classification), ("generation", config.generation))
+        if section.max_length < 8
+    ]
+    if (kernel := model.config._attn_implementation) not in ("eager", "sdpa"):
+        problems.append(f"model.attention: {kernel} does not take this objective's own masks: set eager or sdpa")
     if unilm.block_length < 8:
         problems.append(
             f"unilm.block_length: {unilm.block_length} tokens are too short for two segments: use 8 at least"
@@ -263,7 +273,11 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
 
     def corrupt(texts: list[list[int]], draws: list[int], seed: int, kind: int | None = None) -> dict[str, Tensor]:
-        others = [*texts[1:], texts[0]]  # where the wrong next segments come from
+        half = max(1, len(texts) // 2)
+        others = [
+            *texts[half:],
+            *texts[:half],
+        ]  # where the wrong next segments come from: in a stream, next comes the same text
         samples = [
             pretraining_sample(text, other, marks, generator(seed, draw), unilm.mask_rate, unilm.longer, kind)
             for text, other, draw in zip(texts, others, draws, strict=True)

@@ -106,7 +106,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if subset not in (None, "main"):
             raise ValueError(f"BuilderConfig {subset!r} not found. Available: ['main']")
         base, _, part = split.partition("[")
-        rows = datasets.Dataset.from_list(splits[base])
+        rows = splits[base]
+        rows = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
         rows = rows.select(range(int(part.strip(":]")))) if part else rows
         return rows.to_iterable_dataset(num_shards=2) if streaming else rows
 
@@ -132,6 +133,30 @@ def test_hub(hub):
     assert {split: len(rows) for split, rows in found.items()} == {"train": 10, "validation": 4}
     found = load_data(Data(name="some/set", subset="main", split="train_sft[:6]"), "conversation")
     assert {split: len(rows) for split, rows in found.items()} == {"train": 6, "validation": 2}
+
+
+def test_a_class_of_the_hub_is_its_name_and_not_its_number(hub):
+    """An answer that is written, or read off a blank, is a word: "Sports", not "1"."""
+    import datasets
+
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["World", "Sports", "Sci/Tech"])
+    )
+    hub |= {
+        split: datasets.Dataset.from_dict(
+            {"text": [f"{split} {i}" for i in range(4)], "label": [0, 1, 2, 1]}, features=features
+        )
+        for split in ("train", "validation")
+    }
+    found = load_data(Data(name="some/set"), "classification")
+    names = ["World", "Sports", "Sci/Tech", "Sports"]
+    assert [row["label"] for row in found["train"]] == [row["label"] for row in found["validation"]] == names
+
+
+def test_a_row_without_a_class_keeps_its_number():
+    from recipes.common.data.readers import with_class_names
+
+    assert with_class_names({"label": -1, "text": "x"}, {"label": ["a", "b"]}) == {"label": -1, "text": "x"}
 
 
 def test_hub_mistakes(hub):

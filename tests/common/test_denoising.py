@@ -71,6 +71,20 @@ def test_a_sentence_ends_at_a_full_stop_before_white_space() -> None:
     assert [tokenizer.decode(part) for part in parts] == ["Use os.path.", " It is 3.5 times\nas fast.", "\nSee below."]
 
 
+def test_a_sentence_ends_where_a_text_of_the_block_does() -> None:
+    """Captions have no full stop before white space: without this, permuting a block of them would do nothing."""
+    codes = np.array([ord(c) for c in "A cat$A dog runs$An owl"])
+    starts = sentence_starts(codes, LETTERS)
+    assert starts.tolist() == [0, 6, 17]
+    moved = permute(codes, starts, [2, 0, 1])
+    assert "".join(map(chr, moved)) == "An owlA cat$A dog runs$"
+
+
+def test_a_text_that_was_deleted_whole_is_not_rotated() -> None:
+    kinds = ("token_deletion", "document_rotation")
+    assert len(corrupt(np.arange(40), kinds, LETTERS, np.random.default_rng(0), rate=0.99)) == 0
+
+
 def test_marks_are_added_once() -> None:
     tokenizer = make_tokenizer()
     size = len(tokenizer)

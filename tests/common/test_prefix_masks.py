@@ -315,5 +315,13 @@ def test_writing_is_what_the_masks_predict_one_after_another() -> None:
                     assert len(target) == i
                     break
                 assert target[i] == best
-        with_stop = write(model, [[10, 11]], MARKS._replace(end=written[0][1]), 4)
-    assert len(with_stop[0]) <= 4
+        stopped = []
+        for end in range(3, 40):  # of the words of a random model, one that it would write
+            marks = MARKS._replace(end=end)
+            answer = write(model, [[10, 11]], marks, 4)[0]
+            if len(answer) == 4:
+                continue
+            given = [1, 10, 11, end, *answer, MARKS.mask]
+            state = encode(model, **batch_of([Sample(given, [-100] * len(given), 4, SEQUENCE_TO_SEQUENCE)], marks))
+            stopped.append(int(model.cls.predictions(state[0, len(given) - 1]).argmax()) == end and end not in answer)
+        assert stopped and all(stopped)

@@ -149,6 +149,27 @@ def test_it_classifies(run_in_process: checks.Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
+def test_micro_batches_are_one_batch(run_in_process: checks.Run, tmp_path: Path, task_type: str) -> None:
+    """The losses of BERT's and BART's classes do not know how many micro-batches there are."""
+    if task_type == "SEQ_CLS":
+        base, rows = checks.save_bert(tmp_path / "base"), checks.labelled_rows(tmp_path / "rows.jsonl")
+    else:
+        base, rows = checks.save_bart(tmp_path / "base"), checks.pair_rows(tmp_path / "rows.jsonl")
+    first = []
+    for size, count in ((8, 1), (2, 4)):
+        changes = {
+            "bitfit.add_biases": "false", "bitfit.task_type": task_type, "training.max_steps": 1, "run.name": f"of-{size}",
+            "training.per_device_train_batch_size": size, "training.gradient_accumulation_steps": count,
+        }  # fmt: skip
+        done = run_in_process(bitfit, checks.arguments(base, rows, changes), tmp_path)
+        assert done.code == 0, done.err
+        first.append(next(row for row in done.history() if "loss" in row))
+    for name in ("loss", "grad_norm"):
+        assert first[1][name] == pytest.approx(first[0][name], rel=0.1), name
+
+
+@pytest.mark.slow
 def test_an_encoder_decoder_writes(run_in_process: checks.Run, tmp_path: Path) -> None:
     base, rows = checks.save_bart(tmp_path / "bart"), checks.pair_rows(tmp_path / "rows.jsonl")
     changes = {"bitfit.add_biases": "false", "bitfit.task_type": "SEQ_2_SEQ_LM", "training.learning_rate": 5e-2}

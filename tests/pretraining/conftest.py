@@ -78,6 +78,29 @@ def resumes_to_the_same_losses(stop_and_resume: Any) -> Callable[[ModuleType, Se
 
 
 @pytest.fixture
+def accumulates(run_in_process: Any, tmp_path: Path) -> Callable[..., None]:
+    """Quarters of a batch give the loss and the gradient of the whole; `rel`: how near, where a mean of means is not the mean.
+
+    line: makes the command line from changes, keyed as section__key
+    """
+
+    def check(recipe: ModuleType, line: Callable[..., list[str]], rel: float = 1e-3) -> None:
+        rows = []
+        for size, count in ((16, 1), (4, 4)):
+            sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+            changes = {f"training__{key}": value for key, value in sizes.items()}
+            argv = line(training__max_steps=2, training__warmup_steps=0, **changes)
+            done = run_in_process(recipe, [*argv, "--run.name", f"of-{size}"], tmp_path)
+            assert done.code == 0, done.err
+            rows.append(done.history())
+        assert len(rows[0]) == len(rows[1]) == 2
+        for name in ("loss", "grad_norm"):
+            assert rows[1][0][name] == pytest.approx(rows[0][0][name], rel=rel), name
+
+    return check
+
+
+@pytest.fixture
 def refuses(run_in_process: Any, tmp_path: Path) -> Callable[[ModuleType, Sequence[str], str], None]:
     """The command line is answered with one clear error that says this, exit code 2, and nothing is written."""
 

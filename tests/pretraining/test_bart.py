@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +153,44 @@ def test_the_source_encoder_stands_where_the_tokens_were_looked_up() -> None:
 
 
 @pytest.mark.slow
+def test_micro_batches_are_one_batch(accumulates: Any, sources: Path) -> None:
+    accumulates(bart, partial(tiny, sources))
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The corruptions too are those of the run that was not stopped."""
     resumes_to_the_same_losses(bart, tiny(sources, training__max_steps=12, training__save_steps=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["ddp", "fsdp"])
+def test_two_processes_take_the_steps_of_one(
+    run_in_process: Any, execute: Any, sources: Path, tmp_path: Path, launch: str
+) -> None:
+    """Of a stream, whose corrupted texts have other lengths in each process; under FSDP with the tables that the encoder and
+    the decoder share."""
+    if launch == "fsdp":
+        pytest.importorskip("deepspeed")
+    changes = {"bart__tasks": "[]", "bart__optimizer": "adamw", "training__max_steps": 3}
+    if launch == "ddp":
+        lines = [json.dumps({"text": line}) for line in (sources / "text.txt").read_text().splitlines()]
+        (sources / "lines.jsonl").write_text("\n".join(lines))
+        changes |= {"data__name": sources / "lines.jsonl", "data__streaming": "true"}
+    one = run_in_process(bart, tiny(sources, "--run.name", "one", **changes), tmp_path)
+    assert one.code == 0, one.err
+    half = tiny(sources, "--run.name", "two", **changes, training__per_device_train_batch_size=8)
+    start = {
+        "ddp": [sys.executable, "-m", "recipes.common.launch", "bart", "--launch", "ddp", "--nproc", "2", "--"],
+        "fsdp": [sys.executable, "tests/sharded_on_cpu.py", "fsdp", "2", bart.__file__],
+    }[launch]
+    done = execute([*start, *half, "--run.root", str(tmp_path)], timeout=300, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    folders = [one.folder, one.folder.with_name("two")]
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    scores = [json.loads((f / "metrics.json").read_text())["eval_loss"] for f in folders]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +206,8 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"bart__block_length": 7}, "bart.block_length"),
         ({"translation__max_length": 49}, "translation.max_length"),
         ({"bart__longest_answer": 48}, "longest_answer"),
+        ({"bart__mean_span": 1e30}, "bart.mean_span"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
         ({"model__config": '{"model_type": "t5", "d_model": 32}'}, "model_type"),
     ],
 )

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def test_it_learns_and_leaves_a_whole_run_folder(run_in_process: Any, sources: P
     assert batch["input_ids"][0, 0] == tokenizer.cls_token_id and int(batch["token_type_ids"].sum()) > 0
     with torch.no_grad():
         assert torch.equal(whole(**batch).prediction_logits, cloze(**batch).logits)
+
+
+@pytest.mark.slow
+def test_micro_batches_are_one_batch(accumulates: Any, sources: Path) -> None:
+    accumulates(bert, partial(tiny, sources), rel=0.2)
 
 
 @pytest.mark.slow

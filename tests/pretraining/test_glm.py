@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ def test_it_learns_and_leaves_a_whole_run_folder(
 
 
 @pytest.mark.slow
+def test_micro_batches_are_one_batch(accumulates: Any, sources: Path) -> None:
+    accumulates(glm, partial(tiny, sources))
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The corruptions too are those of the run that was not stopped."""
     resumes_to_the_same_losses(glm, tiny(sources, training__max_steps=12, training__save_steps=5))
@@ -131,6 +137,10 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"glm__cloze": "import"}, "glm.cloze"),
         ({"glm__longest_answer": 25}, "glm.longest_answer"),
         ({"glm__mask_rate": 1.0}, "mask_rate"),
+        ({"glm__mean_span": 1e30}, "glm.mean_span"),
+        ({"glm__block_length": 1}, "glm.block_length"),
+        ({"classification__max_length": 11}, "beside glm.cloze"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
         ({"glm__mask_rate": 0.0}, "mask_rate"),
         ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "blank_infilling"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,11 @@ def test_queries_learn_slower_by_the_root_that_the_attention_leaves_out() -> Non
 
 
 @pytest.mark.slow
+def test_micro_batches_are_one_batch(accumulates: Any, sources: Path) -> None:
+    accumulates(t5, partial(tiny, sources))
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The spans cut out too are those of the run that was not stopped."""
     resumes_to_the_same_losses(t5, tiny(sources, training__max_steps=12, training__save_steps=5))
@@ -136,6 +142,8 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"translation__validation_split": "dev"}, "dev"),  # what comes after the pretraining is read before it
         ({"t5__input_length": 7}, "t5.input_length"),
         ({"t5__sentinels": 1}, "t5.sentinels"),
+        ({"t5__mean_span": 1e30}, "t5.mean_span"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
         ({"t5__input_length": 100_000}, "t5.sentinels"),
         ({"summary__data": "null"}, "summary.data"),
         ({"finetuning__temperature": 0}, "temperature"),

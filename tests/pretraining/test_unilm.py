@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,33 @@ def test_it_learns_and_leaves_a_whole_run_folder(
 
 
 @pytest.mark.slow
+def test_micro_batches_are_one_batch(accumulates: Any, sources: Path) -> None:
+    accumulates(unilm, partial(tiny, sources), rel=0.2)
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: Any, sources: Path) -> None:
     """The masks, the maskings and the wrong next segments too are those of the run that was not stopped."""
     resumes_to_the_same_losses(unilm, tiny(sources, training__max_steps=12, training__save_steps=5))
+
+
+@pytest.mark.slow
+def test_sharded_over_two_processes_it_is_scored_with_its_own_loss(
+    run_in_process: Any, execute: Any, sources: Path, tmp_path: Path
+) -> None:
+    """The copy that is scored holds all the weights, which no process does, and the cloze loss."""
+    pytest.importorskip("deepspeed")
+    changes = {"unilm__optimizer": "adamw", "training__max_steps": 2}
+    one = run_in_process(unilm, tiny(sources, "--run.name", "one", **changes), tmp_path)
+    assert one.code == 0, one.err
+    half = tiny(sources, "--run.name", "two", **changes, training__per_device_train_batch_size=8)
+    line = [sys.executable, "tests/sharded_on_cpu.py", "fsdp", "2", unilm.__file__, *half]
+    done = execute([*line, "--run.root", str(tmp_path)], timeout=300, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads((one.folder.with_name(name) / "metrics.json").read_text()) for name in ("one", "two")]
+    assert figures[1]["untrained_loss"] == pytest.approx(figures[0]["untrained_loss"], rel=1e-3)
+    # each process has other wrong next segments than one process with both halves would have
+    assert figures[1]["eval_loss"] == pytest.approx(figures[0]["eval_loss"], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +149,24 @@ def test_a_stopped_run_resumes_to_the_same_losses(resumes_to_the_same_losses: An
         ({"training__per_device_train_batch_size": 1}, "per_device_train_batch_size"),
         ({"unilm__longest_answer": 21}, "longest_answer"),
         ({"unilm__block_length": 7}, "block_length"),
+        ({"classification__max_length": 7}, "classification.max_length"),
+        ({"generation__max_length": 4, "unilm__longest_answer": 2}, "generation.max_length"),
+        ({"model__attention": "flex_attention"}, "model.attention"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
         ({"model__config": '{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}'}, "type_vocab_size"),
         ({"model__config": '{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}'}, "model_type"),
     ],
 )
 def test_bad_input_is_one_clear_error(refuses: Any, sources: Path, changes: dict[str, Any], said: str) -> None:
     refuses(unilm, tiny(sources, **changes), said)
+
+
+def test_a_batch_padded_beyond_the_positions_is_refused_before_the_training(refuses: Any, sources: Path) -> None:
+    """47 tokens and their marks are 50, as many as there are positions; a batch of them is padded to 64."""
+    line = tiny(sources, unilm__block_length=47)
+    shape = line.index("--model.config") + 1
+    line[shape] = json.dumps(json.loads(line[shape]) | {"max_position_embeddings": 50})
+    refuses(unilm, line, "50 tokens, 64 with their padding")
 
 
 def test_a_dry_run_trains_nothing(dry_runs: Any, sources: Path) -> None:

@@ -290,8 +290,25 @@ def numbered_rows(rows: Callable[[], Sequence[Any]]) -> Rows:
 
 
 def dataset_rows(load: Callable[[], datasets.Dataset]) -> Rows:
-    number = 0
-    for table in load().with_format("arrow").iter(batch_size=1_000):
+    number, rows = 0, load()
+    names = class_names(rows.features)
+    for table in rows.with_format("arrow").iter(batch_size=1_000):
         for row in cast("pa.Table", table).to_pylist():
             number += 1
-            yield number, row
+            yield number, with_class_names(row, names)
+
+
+def class_names(features: Any) -> dict[str, list[str]]:
+    """The columns that hold the number of a class, as many of the hub do, with the names of the classes."""
+    import datasets
+
+    return {
+        column: feature.names
+        for column, feature in (features or {}).items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+
+
+def with_class_names(row: Row, names: dict[str, list[str]]) -> Row:
+    """The row with the class's name in place of its number; -1 is none (GLUE's test rows)."""
+    return {**row, **{column: of[i] for column, of in names.items() if isinstance(i := row[column], int) and i >= 0}}
