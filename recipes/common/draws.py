@@ -1,7 +1,8 @@
 """Objectives that corrupt a text anew each time it is seen, so that a stopped run resumes to the very same corruptions.
 
 Every training sample has a number, and its randomness comes from that number alone: `generator(seed, row["draw"])`. Which
-process, worker or resumed run makes it does not matter.
+process, worker or resumed run makes it does not matter. (UniLM's wrong next segments are another row's of the batch, so they
+are a resumed run's too, and another number of processes has others.)
 
 `pretrain_and_score` is what such recipes do with their Trainer: train, save, and hold the loss against two that know less.
 """
