@@ -67,9 +67,7 @@ def how_to_load(run: RunFolder) -> str:
         ]
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{run.path}/model")')
         if architecture == "BlankInfillingModel":
-            lines.insert(
-                1, "from recipes.common import modeling_blank_infilling  # tells transformers of the model's type"
-            )
+            lines.insert(1, "from recipes.common import modeling_blank_infilling  # registers the model's type")
     elif (run.path / "model" / "tokenizer.json").exists():
         lines = [
             "from transformers import AutoTokenizer",

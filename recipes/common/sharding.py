@@ -48,9 +48,8 @@ def whole_model(trainer: Trainer) -> Any:
     pieces = dict(model.named_parameters(remove_duplicate=False))
     filled = set()
     with torch.no_grad():
-        for name, parameter in whole.named_parameters(
-            remove_duplicate=False
-        ):  # under each of its names: one may be missing
+        # a tied one under each of its names: the sharded model may know it by one alone
+        for name, parameter in whole.named_parameters(remove_duplicate=False):
             if name in pieces and id(parameter) not in filled:
                 parameter.data = gathered(pieces[name]).to(trainer.args.device, copy=True)
                 filled.add(id(parameter))

@@ -303,9 +303,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         decoder_start_token_id=marks.end, forced_eos_token_id=None,
     )  # fmt: skip
     check(config, model)
-    model.accepts_loss_kwargs = (
-        False  # the library's loss is a micro-batch's mean whatever it is given: the Trainer divides
-    )
+    # the library's loss is a micro-batch's mean whatever it is given, so it is the Trainer that has to divide
+    model.accepts_loss_kwargs = False
 
     splits = {
         task: load_classes(config.classification)

@@ -279,9 +279,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         config.model, tokenizer, run, AutoModelForSeq2SeqLM, decoder_start_token_id=tokenizer.pad_token_id
     )
     check(config, model)
-    model.accepts_loss_kwargs = (
-        False  # the library's loss is a micro-batch's mean whatever it is given: the Trainer divides
-    )
+    # the library's loss is a micro-batch's mean whatever it is given, so it is the Trainer that has to divide
+    model.accepts_loss_kwargs = False
 
     sections = {name: getattr(config, name) for name in TASKS}
     texts = {name: task_texts(name, task, config.finetuning.eval_rows) for name, task in sections.items() if task.rows}

@@ -80,7 +80,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(
     for name in ("README.md", "plots/loss.png", "samples/corrupted.txt", "samples/answers-pretrained.txt"):
         assert (done.folder / name).stat().st_size > 0, name
 
-    assert "import modeling_blank_infilling" in (done.folder / "README.md").read_text()
+    assert "\nfrom recipes.common import modeling_blank_infilling" in (done.folder / "README.md").read_text()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
