@@ -30,7 +30,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # of the recipes' processes
 GPU, CLUSTER = (sorted((ROOT / "configs").glob(f"*/*/{kind}.yaml")) for kind in ("gpu", "cluster"))
 FEW = {  # what a section may have, wherever it is
     "max_steps": 3, "steps": 3, "first_stage_steps": 2, "labels": 64, "rows": 64, "eval_rows": 32, "target_samples": 32,
-    "max_validation_samples": 64, "warmup_steps": 0, "logging_steps": 1,
+    "max_validation_samples": 8, "warmup_steps": 0, "logging_steps": 1,
 }  # fmt: skip
 TINY = {  # on a processor
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "d_kv": 8, "d_ff": 64, "intermediate_size": 64,
@@ -39,7 +39,7 @@ TINY = {  # on a processor
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "batch_size": 4, "source_layers": 1,
     "block_length": 128, "input_length": 128, "row_length": 64, "max_bytes": 60_000, "unigram_max_bytes": 60_000,
-    "vocabulary_size": 400, "rollouts": 8, "max_samples": 40,
+    "vocabulary_size": 400, "rollouts": 8, "max_samples": 40, "longest_answer": 8, "written": 4,
 }  # fmt: skip
 OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "adalora": {"adalora.tinit": 1, "adalora.tfinal": 1, "adalora.deltaT": 1, "training.max_steps": 4},
