@@ -273,11 +273,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
 
     def corrupt(texts: list[list[int]], draws: list[int], seed: int, kind: int | None = None) -> dict[str, Tensor]:
+        # the wrong next segments come from half a batch away: in a stream the next block is mostly of the same text
         half = max(1, len(texts) // 2)
-        others = [
-            *texts[half:],
-            *texts[:half],
-        ]  # where the wrong next segments come from: in a stream, next comes the same text
+        others = [*texts[half:], *texts[:half]]
         samples = [
             pretraining_sample(text, other, marks, generator(seed, draw), unilm.mask_rate, unilm.longer, kind)
             for text, other, draw in zip(texts, others, draws, strict=True)

@@ -291,14 +291,14 @@ def numbered_rows(rows: Callable[[], Sequence[Any]]) -> Rows:
 
 def dataset_rows(load: Callable[[], datasets.Dataset]) -> Rows:
     number, rows = 0, load()
-    names = class_names(rows.features)
+    names = names_of_classes(rows.features)
     for table in rows.with_format("arrow").iter(batch_size=1_000):
         for row in cast("pa.Table", table).to_pylist():
             number += 1
             yield number, with_class_names(row, names)
 
 
-def class_names(features: Any) -> dict[str, list[str]]:
+def names_of_classes(features: Any) -> dict[str, list[str]]:
     """The columns that hold the number of a class, as many of the hub do, with the names of the classes."""
     import datasets
 
