@@ -232,7 +232,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_dry_run_s_estimate_is_within_15_percent_of_the_measured_peak(
     recipe: str, base: Path, execute: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Each in a process of its own, as a person runs it: the laptop config, on fewer rows and steps."""
+    """Each in a process of its own: the laptop config, on fewer rows and steps.
+
+    The C library gives blocks of more than 128 KiB back here as soon as they are freed. Left to itself it keeps them for
+    whoever asks next, more of them or fewer from run to run: one and the same run of lora peaked at 1.30 to 1.57 GiB.
+    """
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Is it {n}?", "completion": "yes"}) + "\n" for n in range(400)))
     changes = {
@@ -244,11 +248,12 @@ def test_the_dry_run_s_estimate_is_within_15_percent_of_the_measured_peak(
         "run.root": tmp_path,
     }
     line = [sys.executable, ROOT / f"recipes/finetuning/{recipe}.py", *command_line(changes)]
-    dry = execute([*line, "--dry-run"], timeout=1200)
+    heap = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    dry = execute([*line, "--dry-run"], timeout=1200, **heap)
     assert dry.returncode == 0, dry.stderr
     told = re.search(r"memory here +([\d.]+) GiB", dry.stdout)
     assert told and "a step was tried" in dry.stdout, dry.stdout
-    done = execute(line, timeout=1200)
+    done = execute(line, timeout=1200, **heap)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / recipe / "default" / "metrics.json").read_text())
     assert float(told[1]) == pytest.approx(figures["peak_memory_gib"], rel=0.15)
