@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.errors import UserError
@@ -86,6 +87,15 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
         }
     seed_again()
     base = load_model(model, tokenizer, run, auto_class, **options)
+    if (
+        task_type == "SEQ_CLS"
+        and base.config.is_encoder_decoder
+        and tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]
+    ):
+        raise UserError(
+            f"model.tokenizer: {type(base).__name__} tells the class at the end of a text, and this tokenizer writes no "
+            f"{tokenizer.eos_token}: give the model's own"
+        )
     if getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False):
         raise UserError(
             f"model.name: {model.name} was saved quantised: what is learned could not be merged into it, since rounding "
@@ -148,10 +158,10 @@ def _rows(task: Task, split: str, args: SFTConfig) -> Any:
     from recipes.common.text_to_text import encode_pairs
 
     sides = task.data[split]
-    return encode_pairs(task.tokenizer, sides["source"], sides["target"], _longest(task, args))
+    return encode_pairs(task.tokenizer, sides["source"], sides["target"], longest_row(task, args))
 
 
-def _longest(task: Task, args: SFTConfig) -> int:
+def longest_row(task: Task, args: SFTConfig) -> int:
     """Tokens of a row at most: training.max_length, or the model's positions where those are fewer."""
     from recipes.common.generation import model_positions
 
@@ -168,16 +178,24 @@ def collate(task: Task, rows: list[Any], args: SFTConfig) -> dict[str, torch.Ten
     if task.type == "SEQ_2_SEQ_LM":
         return batch_of(rows, task.tokenizer.pad_token_id)  # type: ignore[arg-type]
     if task.type == "TOKEN_CLS":
-        return labelling.collate(task, rows, _longest(task, args))
-    firsts, seconds = [row["text"] for row in rows], [row["text_pair"] for row in rows]
-    if task.tokenizer.sep_token is None:  # a decoder's tokenizer knows no pairs
-        firsts = [a if b is None else f"{a}\n{b}" for a, b in zip(firsts, seconds, strict=True)]
-        seconds = [None]
-    batch = task.tokenizer(
-        firsts, None if seconds[0] is None else seconds,
-        truncation=True, max_length=_longest(task, args), padding=True, split_special_tokens=True, return_tensors="pt",
+        return labelling.collate(task, rows, longest_row(task, args))
+    batch = encode_texts(
+        task, [row["text"] for row in rows], [row["text_pair"] for row in rows],
+        truncation=True, max_length=longest_row(task, args), padding=True, return_tensors="pt",
     )  # fmt: skip
+    if task.tokenizer.padding_side == "left" and "position_ids" in signature(task.base.forward).parameters:
+        # told apart by nothing else, learned positions would count the padding
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**batch, "labels": torch.tensor([task.classes.index(row["label"]) for row in rows])}
+
+
+def encode_texts(task: Task, texts: list[str], pairs: list[str | None], **options: Any) -> dict[str, Any]:
+    """SEQ_CLS rows in tokens, with what the tokenizer puts around a text, or two, that are to be told apart."""
+    if task.tokenizer.sep_token is None:  # a decoder's tokenizer knows no pairs
+        texts = [a if b is None else f"{a}\n{b}" for a, b in zip(texts, pairs, strict=True)]
+        pairs = [None]
+    told: Any = None if pairs[0] is None else pairs
+    return dict(task.tokenizer(texts, told, split_special_tokens=True, **options))
 
 
 def learn(
@@ -247,13 +265,17 @@ def announce(task: Task, trainer: Any, run: RunFolder, evaluation: Evaluation | 
 
 
 def measure(task: Task, trainer: Any, evaluation: Evaluation, run: RunFolder, when: str) -> Measured:
-    """Held-out loss, and what share of the held-out rows is answered right."""
+    """Held-out loss, and what share of the held-out rows is answered right; under ZeRO-3, where no process could run the
+    model alone, the loss."""
     from recipes.common import labelling, sft
+    from recipes.common.sharding import launched_with, sharded
 
     if task.type == "CAUSAL_LM":
         return sft.measure(trainer, task.tokenizer, task.data["validation"], evaluation, run, when)
+    if sharded(trainer) and launched_with() == "DeepSpeed":
+        return sft.measure_in_pieces(trainer, run, when)
     if task.type == "TOKEN_CLS":
-        measured = labelling.measure(task, trainer, evaluation, _longest(task, trainer.args))
+        measured = labelling.measure(task, trainer, evaluation, longest_row(task, trainer.args))
     else:
         measured = (_classified if task.type == "SEQ_CLS" else _written)(task, trainer, evaluation)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.figures.items())

@@ -159,11 +159,20 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, folder).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # what does then is the method's
     told = json.loads((folder / "adapter.json").read_text())
     module, _, function = METHODS[told["method"]].partition(":")
     adapted = getattr(importlib.import_module(module), function)(model, told["settings"])
     numbers = load_file(folder / "adapter_model.safetensors")
-    unknown = adapted.load_state_dict(numbers, strict=False).unexpected_keys
-    if unknown:
-        raise UserError(f"the adapter in {folder} does not fit {type(model).__name__}: it has no {unknown[0]}")
+    own, misfit = adapted.state_dict(), f"the adapter in {folder} does not fit {type(model).__name__}"
+    for name, tensor in numbers.items():
+        if name not in own:
+            raise UserError(f"{misfit}: it has no {name}")
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{misfit}: {name} is {[*tensor.shape]} there, and {[*own[name].shape]} in the model")
+    learned = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    if lacking := sorted(learned - numbers.keys()):
+        raise UserError(f"{misfit}: its file has no {lacking[0]}")
+    adapted.load_state_dict(numbers, strict=False)
     return adapted.eval()

@@ -52,11 +52,11 @@ def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str =
         missing = [] if any(_is_target(name, targets) for name in names) else [targets]
     else:
         missing = [target for target in sorted(targets) if not any(_is_target(name, [target]) for name in names)]
-        if head is not None and _is_target(head, targets):
-            raise UserError(
-                f"{section}.{key}: the loss is computed from the weights of {head} directly, so an adapter on it "
-                f"would never learn; leave it out (or list it in {section}.modules_to_save). Valid: {', '.join(valid)}"
-            )
+    if head is not None and _is_target(head, targets):
+        raise UserError(
+            f"{section}.{key}: the loss is computed from the weights of {head} directly, so an adapter on it "
+            f"would never learn; leave it out (or list it in {section}.modules_to_save). Valid: {', '.join(valid)}"
+        )
     if missing:
         near = [match[0] for m in missing if (match := difflib.get_close_matches(m, valid, n=1))]
         raise UserError(
@@ -70,21 +70,32 @@ def check_targets(model: PreTrainedModel, targets: Any, section: str, key: str =
 def check_low_rank(
     model: PreTrainedModel, settings: LoraConfig, run: RunFolder, section: str = "lora", rank: str = "r"
 ) -> None:
-    """Raise UserError for targets that are not there, a rank that a target cannot have, or one whose scale nobody chose."""
+    """Raise UserError for targets that are not there, or a rank whose scale nobody chose."""
     check_targets(model, settings.target_modules, section)
     _refuse_tied(model, settings.modules_to_save or (), f"{section}.modules_to_save")
-    asked, targets = getattr(settings, rank), settings.target_modules
+    if settings.init_lora_weights == "eva":
+        raise UserError(
+            f"{section}.init_lora_weights: eva takes its start from a pass over the data, which is not made here: leave it "
+            "out, or take pissa or olora"
+        )
+    asked = getattr(settings, rank)
     if f"{section}.{rank}" in run.given and f"{section}.lora_alpha" not in run.given:
         raise UserError(
             f"{section}.lora_alpha: what is learned is multiplied by lora_alpha / {rank}, and with {section}.{rank} {asked} it "
             f"would be peft's {settings.lora_alpha} / {asked}: say it too (twice the rank is common)"
         )
-    if targets in (None, "all-linear"):
-        return
-    layers = {name: size for name, size in linear_layers(model).items() if _is_target(name, targets)}
-    narrow = min(layers, key=lambda name: min(layers[name]), default=None)
-    if narrow is not None and asked > min(layers[narrow]):
-        raise UserError(f"{section}.{rank}: {asked} is above what {narrow} can have, {min(layers[narrow])}")
+
+
+def _check_ranks(adapted: Any, section: str) -> None:
+    """Raise UserError for a rank above what its layer can have, wherever the name of the layer comes from."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in adapted.named_modules():
+        most = min(layer.in_features, layer.out_features) if isinstance(layer, LoraLayer) else None
+        if most is not None and (asked := layer.r.get("default", 0)) > most:
+            key = "init_r" if section == "adalora" else "r"
+            place = name.removeprefix("base_model.model.")
+            raise UserError(f"{section}.{key}: {asked} is above what {place} can have, {most}")
 
 
 def _refuse_tied(model: PreTrainedModel, targets: Any, where: str) -> None:
@@ -113,10 +124,13 @@ def _is_target(name: str, targets: Any) -> bool:
 def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
     """The base frozen, with peft's modules in it; they are kept in float32 where the base is in less.
 
-    Not under ZeRO-3, which needs one precision for all parameters. Raises UserError for settings that peft refuses.
+    Not under ZeRO-3, which needs one precision for all parameters. The head of a task learns, and is saved: peft sees to
+    it by name, and knows neither BART's nor T5's. Raises UserError for settings that peft refuses.
     """
     from peft import PeftType, get_peft_model
     from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from recipes.common.adaptation import head_names
 
     section = PeftType(settings.peft_type).lower()
     if (some := getattr(settings, "trainable_token_indices", None)) is not None:
@@ -131,10 +145,14 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
             raise UserError(f"{section}.trainable_token_indices: {wrong}: give some ids, or leave it out")
     if getattr(settings, "megatron_config", None) is not None:
         raise UserError(f"{section}.megatron_config: Megatron's layers are in none of these models: leave it out")
+    if heads := {name.partition(".")[0] for name in head_names(base)}:
+        settings.modules_to_save = sorted({*(settings.modules_to_save or ()), *heads})  # type: ignore[attr-defined]
     try:
-        return get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        adapted = get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
+    _check_ranks(adapted, section)
+    return adapted
 
 
 def logits_on(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -164,7 +182,15 @@ def merging_moved(apart: torch.Tensor, merged: PreTrainedModel, batch: dict[str,
 
 def merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, float]:
     """Put what was learned into the weights; gives the plain model and what `merging_moved` on `batch`."""
+    from peft.tuners.ia3 import IA3Model
+    from peft.utils import ModulesToSaveWrapper
+
     apart = logits_on(model, batch)
+    if isinstance(model.base_model, IA3Model):  # whose merge fails at a head of several layers: put it back first
+        base = model.get_base_model()
+        trained = {name: module for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+        for name, module in trained.items():
+            base.set_submodule(name, module.modules_to_save["default"])
     merged = model.merge_and_unload()
     return merged, merging_moved(apart, merged, batch)
 

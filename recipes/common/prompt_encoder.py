@@ -65,8 +65,8 @@ def settle(model: Any) -> set[str]:
     return learned_names(model)
 
 
-def check_room(model: PreTrainedModel, tokens: int) -> None:
-    """Raise UserError where a prompt of so many tokens leaves the model no position for a row."""
+def check_room(model: PreTrainedModel, tokens: int, longest: int | None = None) -> None:
+    """Raise UserError where a prompt of so many tokens leaves the model no position for a row, or a row of `longest` no token."""
     from recipes.common.generation import model_positions
 
     positions = model_positions(model)
@@ -76,6 +76,11 @@ def check_room(model: PreTrainedModel, tokens: int) -> None:
         raise UserError(
             f"a prompt of {tokens} virtual tokens is longer than the context: the model has {positions} positions; "
             "take fewer"
+        )
+    if longest is not None and tokens >= longest:
+        raise UserError(
+            f"a prompt of {tokens} virtual tokens leaves a row of training.max_length, {longest} tokens, no room for its "
+            "text: take fewer, or raise training.max_length"
         )
 
 

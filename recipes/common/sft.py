@@ -208,7 +208,7 @@ def measure(
     Where no process holds the whole model, only the loss: to write, each would wait for all others at each token.
     """
     if sharded(trainer):
-        return _measure_in_pieces(trainer, run, when)
+        return measure_in_pieces(trainer, run, when)
     loss = held_out_loss(trainer)
     checkable: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
@@ -235,7 +235,7 @@ def measure(
     return Measured(loss, figures, answers)
 
 
-def _measure_in_pieces(trainer: SFTTrainer, run: RunFolder, when: str) -> Measured:
+def measure_in_pieces(trainer: SFTTrainer, run: RunFolder, when: str) -> Measured:
     """The loss alone. FSDP cuts the model as training starts, and evaluates only then: what was before is told after."""
     started = [told["eval_loss"] for told in trainer.state.log_history if told["step"] == 0 and "eval_loss" in told]
     if not started:

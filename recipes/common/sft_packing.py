@@ -49,6 +49,11 @@ def prepare(
         raise UserError(
             "training.max_steps: a stream (data.streaming) has no known length, so say how many steps to take"
         )
+    if args.eval_packing not in (None, args.packing):
+        raise UserError(
+            f"training.eval_packing: {args.eval_packing}, but the held-out rows are laid out as the training rows are "
+            f"(training.packing: {args.packing}): leave it out"
+        )
     _set_stop_token(tokenizer, model, args)
     _fit_length(model, args, run)
     template = training_template(tokenizer, args)
@@ -57,8 +62,7 @@ def prepare(
     for split in ("train", "validation"):
         if split in data:
             rows = _tokenize(enough_rows(data[split], args, run), tokenizer, template, args)
-            packing = args.packing if split == "train" or args.eval_packing is None else args.eval_packing
-            made[split] = _fit_rows(rows, split, args, run, packing)
+            made[split] = _fit_rows(rows, split, args, run)
     if not args.assistant_only_loss:
         run.say("  training.assistant_only_loss is false: the loss is on the questions too, not only on the answers")
     return made
@@ -208,14 +212,15 @@ def _map(rows: Dataset, function: Callable[..., Any], args: SFTConfig, **options
     return rows.map(function, batched=True, batch_size=1000, **options)
 
 
-def _fit_rows(rows: Dataset, split: str, args: SFTConfig, run: RunFolder, packing: bool) -> Dataset:
+def _fit_rows(rows: Dataset, split: str, args: SFTConfig, run: RunFolder) -> Dataset:
     """Cut what is longer than training.max_length, leave out what has nothing to learn then, pack."""
     from datasets import Dataset
     from trl import pack_dataset
 
     longest, keep_end = args.max_length, args.truncation_mode == "keep_end"
-    splits_long = packing and args.packing_strategy == "bfd_split"  # nothing is cut off: the rest goes to another row
-    if packing and args.packing_strategy == "wrapped":
+    # nothing is cut off: the rest goes to another row
+    splits_long = args.packing and args.packing_strategy == "bfd_split"
+    if args.packing and args.packing_strategy == "wrapped":
         raise UserError(
             "training.packing_strategy: wrapped cuts conversations anywhere and lets them see each other; use bfd"
         )
@@ -249,7 +254,7 @@ def _fit_rows(rows: Dataset, split: str, args: SFTConfig, run: RunFolder, packin
                 f"training.max_length {longest}; raise it (the shortest sample has {min(lengths):,} tokens), or check "
                 "the answers in the data"
             )
-    if not packing:
+    if not args.packing:
         return kept
     assert longest is not None  # `_fit_length` saw to it
     if args.shuffle_dataset and split == "train":

@@ -81,6 +81,7 @@ def train_stage(
     run.say(f"stage {name}: {len(rows['train']):,} rows" + (", of which the estimates below are" if run.dry else ""))
     if not run.dry:
         stage.path.mkdir(parents=True, exist_ok=True)
+        stage.started = run.started  # run.time_limit_minutes is the whole run's
         stage.resume_from = last_complete_checkpoint(stage.checkpoints)
     args, part = copy.copy(training), replace(task, data=rows)
     for key, value in {"output_dir": str(stage.checkpoints), **changes}.items():

@@ -102,11 +102,14 @@ def _library_choices() -> dict[str, list[str]]:
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM (and a time limit) ask for a stop at the next step; a second SIGINT stops at once."""
+    """While entered, SIGINT and SIGTERM (and a time limit) ask for a stop at the next step; a second SIGINT stops at once.
 
-    def __init__(self, time_limit_minutes: float | None = None):
+    The limit counts from when the `run` was started, not from here: a scheduler's does, and a run may have several stages.
+    """
+
+    def __init__(self, run: RunFolder | None = None, time_limit_minutes: float | None = None):
         self.reason: str | None = None
-        self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else None
+        self._deadline = run.started + 60 * time_limit_minutes if run and time_limit_minutes else None
         self._before: dict[signal.Signals, Any] = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -128,7 +131,7 @@ class StopSignals:
 
     def asked(self) -> bool:
         """Whether to stop now; with several processes all get the same answer (a scheduler may signal only one of them)."""
-        if self._deadline is not None and time.monotonic() > self._deadline and self.reason is None:
+        if self._deadline is not None and time.perf_counter() > self._deadline and self.reason is None:
             self.reason = "run.time_limit_minutes"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             import torch
@@ -301,7 +304,7 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
     check_world_size(trainer.accelerator.num_processes)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    with StopSignals(time_limit_minutes) as stop, write_errors_explained(run.checkpoints):
+    with StopSignals(run, time_limit_minutes) as stop, write_errors_explained(run.checkpoints):
         frame = _frame_callback()(trainer, run, stop)
         trainer.add_callback(frame)
         if run.is_main:
@@ -328,7 +331,7 @@ def total_steps(trainer: Trainer) -> int:
     if args.max_steps > 0:
         return args.max_steps
     micro_batches = len(trainer.get_train_dataloader())
-    return math.ceil(micro_batches / args.gradient_accumulation_steps) * math.ceil(args.num_train_epochs)
+    return math.ceil(args.num_train_epochs * math.ceil(micro_batches / args.gradient_accumulation_steps))
 
 
 def _frame_callback() -> type:
@@ -472,7 +475,7 @@ class Loop:
             math.ceil(every * total_steps) if every < 1 else int(every)
             for every in (args.save_steps, args.logging_steps)
         )
-        self.stop = StopSignals(time_limit_minutes)
+        self.stop = StopSignals(run, time_limit_minutes)
         self.step = 0
         if run.is_main:
             drop_half_written_checkpoints(run.checkpoints)

@@ -93,22 +93,57 @@ def place(task: Task, template: Template, args: SFTConfig, *, in_front: bool = F
     if task.type == "CAUSAL_LM":
         tokenizer.chat_template = _chat_template(tokenizer, template, args, in_front)
     else:
-        place_in_rows(task, template)
+        place_in_rows(task, template, args)
     return int(tokenizer.convert_tokens_to_ids(NAMED.format(0)))  # type: ignore[arg-type]
 
 
-def place_in_rows(task: Task, template: Template) -> None:
-    """The rows of text of a task, with the template around them."""
+def check_type(task_type: str, section: str) -> None:
+    """Raise UserError for tags of words: a row of words has no place for a template."""
+    if task_type == "TOKEN_CLS":
+        raise UserError(
+            f"{section}.task_type: TOKEN_CLS tells a tag for each word, and virtual tokens are none: p_tuning_v2 does it"
+        )
+
+
+def place_in_rows(task: Task, template: Template, args: SFTConfig) -> None:
+    """The rows of text of a task, with the template around them.
+
+    Texts are cut first, the longer of two, where the whole would be longer than a row may be: cut afterwards, a row would
+    lose the virtual tokens behind its text.
+    """
+    from recipes.common.adaptation import encode_texts, longest_row
+    from recipes.common.chat import encode_plain
+
+    longest, written = longest_row(task, args), task.type == "SEQ_2_SEQ_LM"
+
+    def placed(text: str, pair: str | None) -> tuple[str, str | None]:
+        if template.pair is not None:
+            return template.fill(text, pair), None
+        return template.fill(text), None if pair is None else harmless(pair)
+
+    def length(text: str, pair: str | None) -> int:
+        if written:
+            return len(encode_plain(task.tokenizer, [text])[0]) + 1  # its end
+        return len(encode_texts(task, [text], [pair])["input_ids"][0])
 
     def fill(row: dict[str, Any]) -> dict[str, Any]:
-        if task.type == "SEQ_2_SEQ_LM":
-            return {"source": template.fill(row["source"])}
-        if template.pair is None:
-            pair = row["text_pair"]
-            return {"text": template.fill(row["text"]), "text_pair": None if pair is None else harmless(pair)}
-        return {"text": template.fill(row["text"], row["text_pair"]), "text_pair": None}
+        texts = [row["source"], None] if written else [row["text"], row["text_pair"]]
+        while (over := length(*(filled := placed(*texts))) - longest) > 0 and any(texts):
+            tokens = [task.tokenizer.tokenize(text or "") for text in texts]
+            longer = int(len(tokens[1]) > len(tokens[0]))
+            fewer = max((over + 1) // 2, len(tokens[longer]) - len(tokens[1 - longer]))
+            texts[longer] = first_tokens(task.tokenizer, texts[longer], len(tokens[longer]) - min(over, fewer))
+        return {"source": filled[0]} if written else {"text": filled[0], "text_pair": filled[1]}
 
     task.data = task.data.map(fill)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """The part of the text that its first `count` tokens stand for."""
+    if count <= 0:
+        return ""
+    places = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    return text[: places["offset_mapping"][:count][-1][1]]
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, args: SFTConfig, in_front: bool) -> str:

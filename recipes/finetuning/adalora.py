@@ -1,13 +1,15 @@
 """AdaLoRA: LoRA that spends a budget of rank where it matters, by pruning singular values while it learns.
 
     W' = W + (alpha / r) P L Q        P [out, r], L diagonal, Q [r, in]: an SVD by construction                 eq. (3)
-    loss + g (|P^T P - I|^2 + |Q Q^T - I|^2)             keeps P and Q orthogonal                               eq. (4)
+    loss + g (|P^T P - I|^2 + |Q Q^T - I|^2)             keeps P and Q orthogonal; peft's norms have no square  eq. (4)
     S_i = s(l_i) + mean_j s(P_ji) + mean_j s(Q_ij)       importance of the triplet i, of one matrix             eq. (7)
     s   = (smoothed |w dL/dw|) x (its smoothed deviation)      sensitivity x uncertainty                 eq. (9)-(11)
     budget: r_0 a matrix, for tinit steps; then down along a cubic; target_r on average for the last tfinal steps  eq. (12)
 
-At every step the triplets with the largest S of the whole model are kept, and the singular values of the others set to
-zero. peft has the parts, but neither it nor transformers calls them: without the callback below AdaLoRA is a plain LoRA.
+Every deltaT steps the triplets with the largest S of the whole model are kept, and the singular values of the others set
+to zero; until the last tfinal steps they may learn their way back. peft has the parts, but neither it nor transformers
+calls them, and TRL makes its loss of the tokens' log-probabilities, without eq. (4): with neither of the two functions
+below AdaLoRA is a plain LoRA.
 
 Zhang et al. 2023, https://arxiv.org/abs/2303.10512
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +38,7 @@ from recipes.common.sections import Data, Evaluation, Model, Run
 if TYPE_CHECKING:
     import peft
     import trl
+    from torch import Tensor
     from transformers import Trainer
 
 UNSET = 10**9  # peft wants a number of steps before there is a Trainer to know it
@@ -69,6 +73,36 @@ def ranks(model: Any) -> dict[str, int]:
     }
 
 
+def unorthogonal(model: Any) -> Tensor:
+    """The mean, over P and Q of all matrices, of |P^T P - I| in Frobenius' norm: what eq. (4) adds to the loss, as in peft."""
+    import torch
+
+    distances = []
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            across = parameter if ".lora_A." in name else parameter.T  # [r, in] or [r, out]
+            with torch.autocast(parameter.device.type, enabled=False):
+                products = across @ across.T
+            distances.append((products - torch.eye(len(products), device=products.device)).norm())
+    return torch.stack(distances).mean()
+
+
+def keep_orthogonal(trainer: Trainer, model: Any, weight: float) -> None:
+    """Add eq. (4)'s term to the loss of a TRL trainer, which does not take the model's own."""
+    compute: Callable[..., Any] = trainer.compute_loss
+
+    def compute_loss(learner: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        found = compute(learner, inputs, return_outputs, num_items_in_batch)
+        if not learner.training:
+            return found
+        # given the number of tokens, a micro-batch's loss is its part of the step's; else the Trainer divides
+        parts = trainer.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        term = weight * unorthogonal(model) / parts
+        return (found[0] + term, found[1]) if return_outputs else found + term
+
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+
+
 def allocate_as_it_learns(trainer: Trainer, model: Any, run: RunFolder) -> None:
     """Prune after every optimizer step, while the gradients are there; the importances are part of a checkpoint."""
     from transformers import TrainerCallback
@@ -87,9 +121,9 @@ def allocate_as_it_learns(trainer: Trainer, model: Any, run: RunFolder) -> None:
     allocator.set_total_step(steps)
 
     class Allocate(TrainerCallback):
-        pattern: Pattern | None = (
-            None  # which triplets live; kept from peft, which would save a checkpoint without the others
-        )
+        # which triplets live; kept from peft, which would save a checkpoint without the others
+        pattern: Pattern | None = None
+        logged = 0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             if run.resume_from is not None:
@@ -100,9 +134,11 @@ def allocate_as_it_learns(trainer: Trainer, model: Any, run: RunFolder) -> None:
             settings.rank_pattern = self.pattern
             model.base_model.update_and_allocate(step)
             self.pattern, settings.rank_pattern = settings.rank_pattern, None
-            if step % max(1, steps // 100) == 0:
-                kept = sum(ranks(model).values())
-                run.log(step, rank_budget=allocator.budget_schedule(step)[0], rank=kept)
+            budget, pruned = allocator.budget_schedule(step)
+            # between two prunings the others learn again, and count for nothing
+            if (pruned or step <= settings.tinit) and step - self.logged >= steps // 100:
+                self.logged = step
+                run.log(step, rank_budget=budget, rank=sum(ranks(model).values()))
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if run.is_main:
@@ -189,8 +225,13 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     )
 
     def ready(trainer: Any) -> None:
-        if sharding.sharded(trainer):
-            raise UserError("adalora: importances need whole gradients; launch with ddp, or single")
+        if sharding.launched_with() is not None:
+            raise UserError(
+                f"adalora: the importances need the gradients at each step, which {sharding.launched_with()} keeps to "
+                "itself: launch with ddp, or single"
+            )
+        if task.type == "CAUSAL_LM":
+            keep_orthogonal(trainer, adapted, adalora.orth_reg_weight)
         allocate_as_it_learns(trainer, adapted, run)
 
     trainer, figures = adaptation.learn(task, adapted, config.training, config.evaluation, run, config.run, ready=ready)

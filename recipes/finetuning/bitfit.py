@@ -59,10 +59,12 @@ class Config:
 
 
 def biases_of(model: PreTrainedModel, subset: str = "all") -> set[str]:
-    """The names of the biases to learn. Raises UserError where the model lacks them."""
+    """The names of the biases to learn. Raises UserError where the model lacks them: a task's head brings its own, and learns anyway."""
+    from recipes.common.adaptation import head_names
+
     every = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     named = type(model).__name__
-    if not every:
+    if not every - head_names(model):
         instead = (
             "bitfit.add_biases: true gives it zero ones"
             if missing_biases(model)

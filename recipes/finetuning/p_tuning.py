@@ -85,8 +85,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
             "places for them: leave it out"
         )
     prompt_encoder.refuse_shards(config.training, "p_tuning")
+    virtual_tokens.check_type(settings.task_type, "p_tuning")
     task = adaptation.prepare(config.model, config.data, settings.task_type, run)
-    prompt_encoder.check_room(task.base, template.tokens)
+    prompt_encoder.check_room(task.base, template.tokens, config.training.max_length)
 
     first_id = virtual_tokens.place(task, template, config.training)
     width = task.base.get_input_embeddings().embedding_dim

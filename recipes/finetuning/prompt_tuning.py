@@ -65,22 +65,27 @@ def first_vectors(task: Task, start: Start, tokens: int, seed: int) -> torch.Ten
     """[tokens, width]: where the prompt starts. Raises UserError where the start asks for what is not there."""
     import torch
 
-    table = task.base.get_input_embeddings().weight.detach().float()  # [vocabulary, width]
+    words = task.base.get_input_embeddings()
     draw = torch.Generator().manual_seed(seed)
     if start.kind == "random":
-        return torch.rand(tokens, table.shape[1], generator=draw) - 0.5
+        return torch.rand(tokens, words.embedding_dim, generator=draw) - 0.5
+
+    def vectors(ids: torch.Tensor | list[int]) -> torch.Tensor:
+        """[ids, width], as the layer gives them: BART's and Gemma's are larger than their table's by the root of the width."""
+        with torch.no_grad():
+            return words(torch.as_tensor(ids, device=words.weight.device)).float()
+
     common = common_tokens(task)
-    drawn = table[common[torch.randint(len(common), (tokens,), generator=draw)]]
+    drawn = vectors(common[torch.randint(len(common), (tokens,), generator=draw)])
     if start.kind == "vocabulary":
         return drawn
     if start.kind == "text":
         ids = _ids(task, start.text or "")
         if not ids:
             raise UserError("start.text: a start of kind text needs a text")
-        return table[torch.tensor(ids).repeat(-(-tokens // len(ids)))[:tokens]]
-    means = [
-        table[_ids(task, label)].mean(0) for label in labels_of(task, tokens)
-    ]  # a label of several tokens: their mean
+        return vectors(torch.tensor(ids).repeat(-(-tokens // len(ids)))[:tokens])
+    # a label of several tokens: their mean
+    means = [vectors(_ids(task, label)).mean(0) for label in labels_of(task, tokens)]
     return torch.cat([torch.stack(means), drawn])[:tokens]  # more vectors than labels: the vocabulary's
 
 
@@ -121,9 +126,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     if settings.prompt_tuning_init != "RANDOM":
         raise UserError("prompt_tuning.prompt_tuning_init: this recipe has the paper's starts; set start.kind instead")
     prompt_encoder.refuse_shards(config.training, "prompt_tuning")
+    virtual_tokens.check_type(settings.task_type, "prompt_tuning")
     tokens = settings.num_virtual_tokens or 0
     task = adaptation.prepare(config.model, config.data, settings.task_type, run)
-    prompt_encoder.check_room(task.base, tokens)
+    prompt_encoder.check_room(task.base, tokens, config.training.max_length)
 
     vectors = first_vectors(task, config.start, tokens, config.training.seed)
     template = virtual_tokens.read_template(f"{{v*{tokens}}}{{text}}", "prompt_tuning")

@@ -148,6 +148,7 @@ def merged(adapted: Any, config: Config, run: RunFolder) -> tuple[PreTrainedMode
     import torch
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
+    from transformers.pytorch_utils import Conv1D
 
     from recipes.common.models import load_model
 
@@ -187,7 +188,8 @@ def merged(adapted: Any, config: Config, run: RunFolder) -> tuple[PreTrainedMode
                 again = bnb.quantize_4bit(weight, quant_type=state.quant_type, compress_statistics=state.nested)
                 error += (bnb.dequantize_4bit(*again) - weight).square().sum().item()
                 learned += (weight - before).square().sum().item()
-            copy(name, "weight", weight)
+            # GPT-2's layers lie the other way round, [in, out], until they are quantised
+            copy(name, "weight", weight.T if state is not None and isinstance(modules[name], Conv1D) else weight)
     return plain, (error / learned) ** 0.5 if learned else 0.0
 
 

@@ -19,7 +19,16 @@ from recipes.common import machine, training
 from recipes.common.errors import Interrupted, UserError
 from recipes.common.machine import Choice
 from recipes.common.run_folder import RunFolder, last_complete_checkpoint, open_folder
-from recipes.common.training import Loop, StepReport, StopSignals, duration, fit, make_accelerator, training_defaults
+from recipes.common.training import (
+    Loop,
+    StepReport,
+    StopSignals,
+    duration,
+    fit,
+    make_accelerator,
+    total_steps,
+    training_defaults,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +140,19 @@ def test_a_time_limit_stops_as_a_signal_does(arguments: Any, tmp_path: Path) -> 
     with pytest.raises(Interrupted, match=r"run\.time_limit_minutes: checkpoint after step 3"):
         train(run, arguments(), at={2: lambda: time.sleep(1.2)}, time_limit_minutes=1.0 / 60)
     assert (run.checkpoints / "checkpoint-3" / "complete").exists()
+
+
+def test_a_time_limit_counts_from_the_start_of_the_run_not_of_its_stage(tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    run.started -= 120
+    assert StopSignals(run, time_limit_minutes=1).asked()
+    assert not StopSignals(run, time_limit_minutes=3).asked()
+
+
+def test_the_steps_of_part_of_an_epoch_are_those_that_the_trainer_takes() -> None:
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
+    trainer: Any = SimpleNamespace(args=args, get_train_dataloader=lambda: range(7))
+    assert total_steps(trainer) == 6  # of 4 an epoch, where two whole ones would be 8
 
 
 def test_a_finished_loop_resumed_takes_no_step(arguments: Any, tmp_path: Path) -> None:

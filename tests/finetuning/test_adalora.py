@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft_checks as checks
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_chat import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from recipes.common import sharding
 from recipes.common.peft_models import with_adapter
 from recipes.finetuning import adalora, lora
 
@@ -113,6 +115,34 @@ def test_the_loss_has_the_orthogonal_term() -> None:
 
 
 @pytest.mark.slow
+def test_the_trainer_s_loss_has_that_term_too(
+    run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    """TRL makes its loss of log-probabilities and would leave it out: P and Q would be what they are without."""
+    rest, few = {}, {**FEW, **checks.FOUR_STEPS, "adalora.tinit": 1, "adalora.tfinal": 1}
+    for weight in (0.0, 1.0):
+        line = checks.arguments(chat_model, questions, few, {"adalora.orth_reg_weight": weight})
+        done = run_in_process(adalora, [*line, "--run.name", str(weight)], tmp_path)
+        assert done.code == 0, done.err
+        saved = load_file(done.folder / "adapter" / "adapter_model.safetensors")
+        lengths = [p.norm(dim=1 if "lora_A" in name else 0) for name, p in saved.items() if name.endswith(("_A", "_B"))]
+        rest[weight] = (
+            (torch.cat(lengths) - 1).abs().mean().item()
+        )  # triplets of unit length, where P and Q are orthogonal
+    assert rest[1.0] < 0.8 * rest[0.0]
+
+
+def test_its_term_is_one_a_step_however_many_micro_batches() -> None:
+    model = adapted_model().train()
+    trainer: Any = SimpleNamespace(compute_loss=lambda *_: torch.tensor(2.0), current_gradient_accumulation_steps=4)
+    adalora.keep_orthogonal(trainer, model, 0.5)
+    term = 0.5 * adalora.unorthogonal(model).item()
+    assert trainer.compute_loss(model, {}, num_items_in_batch=80).item() == pytest.approx(2 + term / 4)
+    assert trainer.compute_loss(model, {}).item() == pytest.approx(2 + term)
+    assert trainer.compute_loss(model.eval(), {}).item() == 2
+
+
+@pytest.mark.slow
 def test_an_encoder_decoder_s_held_out_loss_is_without_that_term(run_in_process: checks.Run, tmp_path: Path) -> None:
     """It starts as the base: its loss is the base's own, which LoRA measures too."""
     base, rows = checks.save_t5(tmp_path / "t5"), checks.pair_rows(tmp_path / "rows.jsonl")
@@ -149,6 +179,10 @@ BAD: dict[str, tuple[checks.Changes, str]] = {
     "no steps to prune in": ({"adalora.tinit": 35, "adalora.tfinal": 10}, "leave none of the"),
     "a target above the start": ({"adalora.target_r": 6}, "nothing would be pruned"),
     "another number of steps": ({"adalora.total_step": 77}, "leave it out"),
+    "a rank above the layer": (
+        {"adalora.init_r": 17, "adalora.target_modules": "all-linear"},
+        "adalora.init_r: 17 is above what",
+    ),
     "a target that is not there": ({"adalora.target_modules": "[qproj]"}, "did you mean q_proj"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "adapts a pretrained model"),
 }
@@ -163,6 +197,14 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert done.code == 2
     assert told in done.err
     assert "Traceback" not in done.err
+
+
+def test_deepspeed_is_refused_for_it_keeps_the_gradients(
+    run_in_process: checks.Run, chat_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "launched_with", lambda: "DeepSpeed")
+    done = run_in_process(adalora, checks.arguments(chat_model, questions, FEW), tmp_path)
+    assert done.code == 2 and "launch with ddp, or single" in done.err
 
 
 @pytest.mark.slow

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft_checks as checks
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_chat import make_model, make_tokenizer
 from torch import nn
 from transformers import (
@@ -82,6 +84,40 @@ def test_gradient_checkpointing_and_packing(
 ) -> None:
     line = checks.arguments(chat_model, questions, FEW, checks.FOUR_STEPS, {"adapter.kind": kind})
     checks.check_checkpointing_and_packing(adapter, line, run_in_process, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["a matrix less", "another width"])
+def test_a_file_that_does_not_fit_is_not_loaded(trained: Any, chat_model: Path, tmp_path: Path, wrong: str) -> None:
+    folder, _, _ = trained
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    numbers = load_file(file)
+    name = next(name for name in numbers if name.endswith("up.weight"))
+    whole = numbers.pop(name)
+    if wrong == "another width":
+        numbers[name] = whole[:, :-1].contiguous()
+    save_file(numbers, file)
+    told = "its file has no " if wrong == "a matrix less" else r"is \[32, 7\] there, and \[32, 8\] in the model"
+    with pytest.raises(UserError, match=told):
+        load_adapter(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_a_decoder_that_pads_on_the_left_counts_no_padding(tmp_path: Path) -> None:
+    """GPT-2's positions are learned and its classifier does not read them off the mask."""
+    base = AutoModelForSequenceClassification.from_pretrained(checks.save_gpt2(tmp_path), num_labels=2).eval()
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    base.config.pad_token_id = tokenizer.pad_token_id
+    task: Any = SimpleNamespace(type="SEQ_CLS", base=base, tokenizer=tokenizer, classes=["a", "b"])
+    rows = [
+        {"text": "short", "text_pair": None, "label": "a"},
+        {"text": "a longer one", "text_pair": None, "label": "b"},
+    ]
+    args: Any = SimpleNamespace(max_length=64)
+    with torch.no_grad():
+        together, alone = (base(**adaptation.collate(task, some, args)).logits[0] for some in (rows, rows[:1]))
+    assert torch.allclose(together, alone, atol=1e-6)
 
 
 def test_an_adapter_is_not_put_on_another_base(trained: Any) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
 )
 
 from recipes.common import adaptation
@@ -197,6 +198,8 @@ def test_a_model_whose_class_knows_no_biases_is_refused() -> None:
         bitfit.biases_of(t5)
     with pytest.raises(UserError, match="no linear layer that could be given a bias"):
         bitfit.put_in(t5, {"add_biases": True})
+    with pytest.raises(UserError, match="T5ForSequenceClassification has no biases to learn"):  # but for its head's
+        bitfit.biases_of(T5ForSequenceClassification(t5.config))
 
 
 def test_a_subset_that_is_not_there_alone_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import SHORT_RUN, command_line, make_model, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -28,7 +29,7 @@ from transformers import (
 from recipes.common.adapter_files import fingerprint
 from recipes.common.errors import UserError
 from recipes.common.peft_models import check_low_rank, check_targets, merge, with_adapter
-from recipes.finetuning import lora
+from recipes.finetuning import ia3, lora
 
 BATCH = "training.per_device_train_batch_size"
 Run = Callable[..., Any]
@@ -122,6 +123,37 @@ def test_an_encoder_tells_classes(run_in_process: Run, tmp_path: Path) -> None:
         AutoModelForSequenceClassification.from_pretrained(f, num_labels=2) for f in (base, done.folder / "model")
     )
     checks.check_reloads(done.folder, merged, fresh, {"input_ids": torch.arange(10, 210).view(4, 50)}, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "save"), [(lora, "bart"), (lora, "t5"), (ia3, "bart")])
+def test_the_head_of_an_encoder_decoder_learns_and_is_saved(
+    run_in_process: Run, tmp_path: Path, recipe: Any, save: str
+) -> None:
+    """peft knows heads that are called classifier or score: another would stay random, and be another's once reloaded."""
+    base, rows = getattr(checks, f"save_{save}")(tmp_path / save), checks.labelled_rows(tmp_path / "rows.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(base)  # with an end behind each text, as BART's and T5's own have
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    plain = tmp_path / "plain"
+    AutoTokenizer.from_pretrained(base).save_pretrained(plain)
+    tokenizer.save_pretrained(base)
+    name = Path(recipe.__file__).stem
+    queries = {"bart": "[q_proj, v_proj]", "t5": "[q, v]"}[save]
+    own = {"lora.r": 4, "lora.lora_alpha": 8} if recipe is lora else {"ia3.feedforward_modules": "[]"}
+    changes = {f"{name}.task_type": "SEQ_CLS", f"{name}.target_modules": queries, **own, **checks.FOUR_STEPS}
+    refused = run_in_process(recipe, checks.arguments(base, rows, changes, {"model.tokenizer": plain}), tmp_path)
+    assert refused.code == 2 and "writes no <|end|>: give the model's own" in refused.err
+    done = run_in_process(recipe, checks.arguments(base, rows, changes), tmp_path)
+    assert done.code == 0, done.err
+    merged = AutoModelForSequenceClassification.from_pretrained(done.folder / "model")
+    torch.manual_seed(1)  # the head of the fresh one is another
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    ids = torch.arange(10, 50).view(4, 10)
+    ids[:, -1] = tokenizer.eos_token_id
+    checks.check_reloads(done.folder, merged, fresh, {"input_ids": ids}, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -286,6 +318,10 @@ BAD: dict[str, tuple[Changes, str]] = {
     "a broken pattern": ({"lora.target_modules": "("}, "'(' is no pattern"),
     "a rank of 0": ({"lora.r": 0}, "lora.r"),
     "a rank above the layer": ({"lora.r": 17}, "lora.r: 17 is above what model.layers.0.self_attn.v_proj can have, 16"),
+    "a rank above every layer": ({"lora.r": 500, "lora.target_modules": "all-linear"}, "lora.r: 500 is above what"),
+    "a pattern that takes the head too": ({"lora.target_modules": ".*(lm_head|q_proj)"}, "lm_head directly, so an"),
+    "a start from the data": ({"lora.init_lora_weights": "eva"}, "lora.init_lora_weights: eva takes its start from"),
+    "held-out rows laid out otherwise": ({"training.eval_packing": "false"}, "training.eval_packing: False, but"),
     "tied embeddings": ({"lora.target_modules": "[embed_tokens]"}, "model.embed_tokens is one with lm_head (tied"),
     "tied embeddings, whole": ({"lora.modules_to_save": "[lm_head]"}, "lm_head is one with model.embed_tokens (tied"),
     "an adapter as the model": ({"model.name": "{adapter}"}, "is an adapter, and no model without its base"),

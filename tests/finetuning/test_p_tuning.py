@@ -193,8 +193,9 @@ def test_every_user_turn_is_in_the_template_and_anchors_stay_words(arguments: An
 def test_rows_of_text_are_put_into_the_template(arguments: Any) -> None:
     def rows_in(kind: str, row: dict[str, Any], template: str) -> dict[str, Any]:
         data = DatasetDict(train=Dataset.from_list([row]), validation=Dataset.from_list([row]))
-        task: Any = SimpleNamespace(type=kind, tokenizer=make_tokenizer(), data=data)
-        virtual_tokens.place(task, read_template(template, "t"), arguments())
+        tokenizer = make_tokenizer()
+        task: Any = SimpleNamespace(type=kind, tokenizer=tokenizer, data=data, base=make_model(tokenizer))
+        virtual_tokens.place(task, read_template(template, "t"), arguments(max_length=12))
         return task.data["validation"][0]
 
     one = {"text": "x", "text_pair": "y", "label": "z"}
@@ -202,6 +203,14 @@ def test_rows_of_text_are_put_into_the_template(arguments: Any) -> None:
     both = rows_in("SEQ_CLS", one, "{text}{v*1}{text_pair}?")
     assert both == {"text": "x<|prompt 0|>y?", "text_pair": None, "label": "z"}
     assert rows_in("SEQ_2_SEQ_LM", {"source": "x", "target": "y"}, "{v*1}{text}")["source"] == "<|prompt 0|>x"
+    # texts are cut, of a row of 12 tokens, and not what stands behind them; the longer of two is
+    long = {"text": "abcdefghijkl", "text_pair": "mnopqrst", "label": "z"}
+    assert (
+        rows_in("SEQ_CLS", {**long, "text_pair": None}, "{text}?{v*2}")["text"] == "abcdefghi?<|prompt 0|><|prompt 1|>"
+    )
+    assert rows_in("SEQ_CLS", long, "{text}{v*1}{text_pair}?")["text"] == "abcde<|prompt 0|>mnopq?"
+    cut = rows_in("SEQ_2_SEQ_LM", {"source": "abcdefghijkl", "target": "y"}, "{text}{v*1}")["source"]
+    assert cut == "abcdefghij<|prompt 0|>"  # and its end
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -275,6 +284,11 @@ def test_an_encoder_decoder_learns(run_in_process: checks.Run, tmp_path: Path) -
 BAD: dict[str, tuple[checks.Changes, str]] = {
     "no template": ({"template.text": "{v*3}{question}"}, "template.text"),
     "two texts in a conversation": ({"template.text": "{v*3}{text}{text_pair}"}, "a conversation has one text"),
+    "longer than a row": (
+        {"template.text": "{v*60}{text}{v*36}"},
+        "leaves a row of training.max_length, 96 tokens, no",
+    ),
+    "tags of words": ({"p_tuning.task_type": "TOKEN_CLS"}, "p_tuning_v2 does it"),
     "a loss on virtual tokens": ({"training.assistant_only_loss": "false"}, "virtual tokens, which are no words"),
     "another number of tokens": ({"p_tuning.num_virtual_tokens": 4}, "but template.text has 5 places"),
     "longer than the context": ({"template.text": "{v*200}{text}{v*56}"}, "is longer than the context"),

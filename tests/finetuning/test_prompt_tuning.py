@@ -201,6 +201,16 @@ def test_the_label_start_has_the_means_of_the_answers_first(task: Any) -> None:
     assert torch.equal(vectors[2:], prompt_tuning.first_vectors(task, Start("vocabulary"), 5, seed=0)[:3])
 
 
+def test_a_start_is_as_large_as_the_layer_makes_its_words(tmp_path: Path) -> None:
+    """BART's layer, like Gemma's, multiplies what is in its table: the table's rows alone would be 5.7 times too small."""
+    task: Any = task_of([("abc", "yes")])
+    task.base = AutoModelForSeq2SeqLM.from_pretrained(checks.save_bart(tmp_path), scale_embedding=True)
+    vectors = prompt_tuning.first_vectors(task, Start("text", "yes"), 3, seed=0)
+    ids = task.tokenizer("yes", add_special_tokens=False)["input_ids"]
+    assert torch.allclose(vectors, task.base.get_encoder().embed_tokens(torch.tensor(ids)))
+    assert torch.allclose(vectors, 32**0.5 * task.base.get_input_embeddings().weight[ids])
+
+
 def test_a_text_start_needs_a_text(task: Any) -> None:
     with pytest.raises(UserError, match="needs a text"):
         prompt_tuning.first_vectors(task, Start("text"), 5, seed=0)
@@ -284,7 +294,12 @@ def test_an_encoder_decoder_learns(run_in_process: checks.Run, tmp_path: Path) -
 
 BAD: dict[str, tuple[checks.Changes, str]] = {
     "longer than the context": ({"prompt_tuning.num_virtual_tokens": 256}, "is longer than the context"),
-    "longer than a row": ({"prompt_tuning.num_virtual_tokens": 96}, "raise it (the shortest sample has"),
+    "longer than a row": (
+        {"prompt_tuning.num_virtual_tokens": 96},
+        "leaves a row of training.max_length, 96 tokens, no",
+    ),
+    "no room for an answer": ({"prompt_tuning.num_virtual_tokens": 90}, "raise it (the shortest sample has"),
+    "tags of words": ({"prompt_tuning.task_type": "TOKEN_CLS"}, "p_tuning_v2 does it"),
     "peft's start": (
         {"prompt_tuning.prompt_tuning_init": "SAMPLE_VOCAB"},
         "prompt_tuning.prompt_tuning_init: this recipe has the paper's starts",

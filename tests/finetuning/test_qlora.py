@@ -107,6 +107,18 @@ def test_the_merged_model_is_what_was_trained_and_requantising_would_not_be(trai
 
 
 @pytest.mark.slow
+def test_a_model_whose_layers_lie_the_other_way_round_is_merged(
+    run_in_process: checks.Run, questions: Path, tmp_path: Path
+) -> None:
+    """GPT-2's Conv1D is [in, out], its four bits and what is learned [out, in]."""
+    changes = {"lora.target_modules": "[c_attn, c_proj]", "training.max_steps": 8}
+    line = checks.arguments(checks.save_gpt2(tmp_path / "gpt2"), questions, FEW, changes)
+    done = run_in_process(qlora, line, tmp_path)
+    assert done.code == 0, done.err
+    assert done.figures["merge_max_logit_difference"] < 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"lora.use_dora": "true"}, {"lora.modules_to_save": "[model.norm]"}],
