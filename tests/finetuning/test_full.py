@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,17 @@ def test_real_instructions_in_two_languages(
     assert "samples are longer than training.max_length 256" in done.out
     answers = (done.folder / "samples" / "answers.md").read_text().splitlines()
     assert len(answers) == 2 + 8
+
+
+@pytest.mark.slow
+def test_a_classifier_in_pieces_is_scored_by_its_trainer(execute: Callable[..., Any], tmp_path: Path) -> None:
+    """ZeRO-3 leaves no process a model that it could run alone: the loss is told, before and after, and no accuracy."""
+    base, rows = peft_checks.save_bert(tmp_path / "bert"), peft_checks.labelled_rows(tmp_path / "rows.jsonl")
+    changes = {"full.task_type": "SEQ_CLS", "full.optimizer": "adamw", "run.root": tmp_path}
+    few = {"training.max_steps": 12, "training.learning_rate": 1e-2, "data.max_validation_samples": 16}
+    line = [sys.executable, "tests/sharded_on_cpu.py", "zero3", "2", full.__file__]
+    done = execute([*line, *peft_checks.arguments(base, rows, changes, few)], timeout=300, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "full" / "default" / "metrics.json").read_text())
+    assert figures["eval_loss"] < figures["baseline_loss"] - 0.1
+    assert "accuracy" not in figures
