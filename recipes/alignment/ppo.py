@@ -443,6 +443,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     if ppo.critic == "others":
         learner.head.requires_grad_(False)  # stays 0: there is no critic
     rlhf.disable_dropout(learner)
+    learner.train()  # a layer is checkpointed in training mode only; nothing else that it does is left, without dropout
     if args.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)

@@ -362,8 +362,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama and its kin call the functional form
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        # Llama and its kin keep a rate and call the functional form; OPT has four of them, and skips whole layers
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
 
 
 def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

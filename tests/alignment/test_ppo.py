@@ -139,6 +139,24 @@ def test_answers_that_cannot_be_compared_or_dealt_out_are_refused(
     assert not (tmp_path / "ppo" / "default").exists()
 
 
+def test_gradient_checkpointing_is_at_work_in_an_update(tiny, judge, preferences, tmp_path, monkeypatch):
+    """transformers checkpoints a layer in training mode alone, and what `from_pretrained` gives is in evaluation mode."""
+    from transformers import modeling_utils
+
+    plain, seen = modeling_utils.checkpoint, []
+
+    def checkpoint(layer, *given, **more):
+        seen.append(torch.is_grad_enabled())
+        return plain(layer, *given, **more)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
+    short = {"ppo__rollouts": 32, "ppo__epochs": 1, "training__max_steps": 1, "evaluation__max_samples": 4}
+    assert run(tiny, judge, preferences, tmp_path, training__gradient_checkpointing="true", **short) == 0
+    assert sum(seen) == 4  # two layers of the policy, two of the critic, one micro-batch
+    metrics = (tmp_path / "ppo" / "default" / "metrics.jsonl").read_text().splitlines()
+    assert [row["ratio_error"] for row in map(json.loads, metrics) if "ratio_error" in row] == [0.0]
+
+
 def test_policy_loads_as_a_plain_causal_model_without_value_head(trained, tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
