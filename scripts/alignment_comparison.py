@@ -82,11 +82,11 @@ class Bench:
 
     def learned(self, rows: Any, answers: Sequence[Sequence[int]]) -> list[float]:
         """The learned reward of answers that are ids."""
-        from recipes.common.generation import decode
+        from recipes.common.generation import decode, stop_ids
         from recipes.common.own_answers import reward_scores
 
-        stop = self.tokenizer.eos_token_id
-        texts = [[decode(self.tokenizer, ids[:-1] if ids[-1] == stop else ids)] for ids in answers]
+        stops = stop_ids(self.start, self.tokenizer)
+        texts = [[decode(self.tokenizer, ids[:-1] if ids[-1] in stops else ids)] for ids in answers]
         told = reward_scores(self.judge, self.tokenizer, rows, texts, EVALUATION.batch_size)
         return [one for (one,) in told]
 

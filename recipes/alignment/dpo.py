@@ -323,6 +323,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     """Model, pairs, reference; measure, train, measure again, save."""
     from recipes.common import policy_figures, sharding
     from recipes.common.data import load_data
+    from recipes.common.generation import check_turn_end
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
@@ -333,6 +334,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     dpo, args, evaluation = config.dpo, config.training, config.evaluation
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
+    check_turn_end(model, tokenizer)
     data = load_data(config.data, "prompt" if dpo.candidates == "sampled" else "preference")
     rows = with_room(data["train"].to_list(), tokenizer, model, config, run)
     held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples))).to_list()

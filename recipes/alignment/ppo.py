@@ -406,7 +406,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     from recipes.common import ppo_measure, ppo_rollout, rlhf
     from recipes.common.data import load_data
-    from recipes.common.generation import is_checkable
+    from recipes.common.generation import check_turn_end, is_checkable
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.policy_figures import side_by_side
@@ -430,6 +430,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     function = find(ppo.reward_function, rows.column_names) if ppo.reward_function else None
 
     policy = load_model(config.model, tokenizer, run)
+    check_turn_end(policy, tokenizer)
     check_kernel(policy.config)
     check(config, max(map(len, prompts + held_out_prompts)), policy, processes)
     text, held_out_text = plain_text(config, tokenizer, run) if config.pretraining else (None, None)

@@ -140,12 +140,15 @@ def comparisons(
     and for answers of different rank that are the same tokens (`skip` leaves such rows out).
     """
     from recipes.common.chat import encode_plain
+    from recipes.common.generation import turn_end
     from recipes.common.rlhf import prompt_ids
+
+    stop = turn_end(tokenizer)[0]
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = prompt_ids(tokenizer, row["prompt"])
         answers = encode_plain(tokenizer, row["completions"])
-        sequences = [[*prompt, *answer, tokenizer.eos_token_id] for answer in answers]
+        sequences = [[*prompt, *answer, stop] for answer in answers]
         ranks: dict[tuple[int, ...], int] = {}
         alike = any(ranks.setdefault(tuple(a), r) != r for a, r in zip(answers, row["ranks"], strict=True))
         return {"sequences": sequences, "length": max(map(len, sequences)), "start": len(prompt), "alike": alike}

@@ -120,14 +120,14 @@ def reward_scores(
     Raises UserError for nan or inf.
     """
     from recipes.common.chat import encode_plain
-    from recipes.common.generation import inference, pad_id, prompt_ids, prompt_of
+    from recipes.common.generation import inference, pad_id, prompt_ids, prompt_of, turn_end
     from recipes.common.rlhf import answer_scores, shared_states
     from recipes.common.shared_prompts import Rows, share
     from recipes.common.verifiable_rewards import checked
 
     prompts = prompt_ids(tokenizer, [prompt_of(row) for row in rows])
     flat = [
-        (i, k, [*ids, tokenizer.eos_token_id])
+        (i, k, [*ids, turn_end(tokenizer)[0]])
         for i, some in enumerate(answers)
         for k, ids in enumerate(encode_plain(tokenizer, list(some)))
     ]

@@ -369,9 +369,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError where padding and the end of an answer are the same token."""
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+    from recipes.common.generation import turn_end
+
+    if tokenizer.pad_token_id in (tokenizer.eos_token_id, turn_end(tokenizer)[0]):
         raise UserError(
-            f"the tokenizer pads with its stop token {tokenizer.eos_token!r}: a score is read at the last token that "
+            f"the tokenizer pads with its stop token {tokenizer.pad_token!r}: a score is read at the last token that "
             "is not padding, so the stop would go unread; give a model.tokenizer that has a pad token of its own"
         )
 
