@@ -82,6 +82,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.shared_prompts import check_apart
 
     section = Model(name=name, dtype=model.dtype, attention=model.attention)
     own = load_tokenizer(section, run)
@@ -103,6 +104,7 @@ def load_reward_model(
             f"{key}: {name} gives {made.config.num_labels} labels; a reward model is a decoder with a `score` head of "
             "one, as recipes/alignment/reward_model.py makes"
         )
+    check_apart(made)
     return made.requires_grad_(False).eval()
 
 
