@@ -210,6 +210,7 @@ def update(
                     take(rollout.rows, prompts),
                     with_entropy=ppo.entropy_coefficient > 0,
                     text=next(blocks) if blocks else None,
+                    critic_only=critic_only,
                 )  # [b, R] each, and []
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
@@ -411,7 +412,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.peft_models import check_low_rank
     from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import enough_rows, preflight
-    from recipes.common.shared_prompts import check_kernel
+    from recipes.common.shared_prompts import check_apart, check_window
     from recipes.common.training import Loop, make_accelerator
     from recipes.common.verifiable_rewards import find, tasks
 
@@ -431,13 +432,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     policy = load_model(config.model, tokenizer, run)
     check_turn_end(policy, tokenizer)
-    check_kernel(policy.config)
-    check(config, max(map(len, prompts + held_out_prompts)), policy, processes)
+    check_apart(policy)
+    longest_prompt = max(map(len, prompts + held_out_prompts))
+    check(config, longest_prompt, policy, processes)
     text, held_out_text = plain_text(config, tokenizer, run) if config.pretraining else (None, None)
     if config.lora is not None:
         check_low_rank(policy, config.lora, run)
         policy = adapted(policy, config)
     reward_model = load_reward_model(config, tokenizer, run)
+    longest_row = longest_prompt + max(ppo.answers * ppo.max_new_tokens, evaluation.max_new_tokens)
+    for model in filter(None, (policy, reward_model)):
+        check_window(model.config, longest_row)
     critic = load_reward_model(config, tokenizer, run) if ppo.critic == "separate" else None
     reference = load_model(config.model, tokenizer, run) if config.lora is None else None
     learner = rlhf.ActorCritic(policy, critic and critic.requires_grad_(True), getattr(reward_model, "config", None))

@@ -169,6 +169,11 @@ def comparisons(
     return kept
 
 
+def row_length(row: dict[str, Any]) -> int:
+    """Tokens of the row that holds a prompt and all of its answers."""
+    return row["start"] + sum(len(sequence) - row["start"] for sequence in row["sequences"])
+
+
 def demonstrations(data: Data, tokenizer: Any, config: Config, run: RunFolder) -> Any:
     """Held-out conversations in the form of comparisons, with nothing to compare: K = 1."""
     from recipes.common.data import load_data
@@ -404,7 +409,7 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from recipes.common.rlhf import pad, sequence_scores
+    from recipes.common.rlhf import pad, positions, sequence_scores
     from recipes.common.sharding import loaded_whole
 
     folder = run.save_model(model, tokenizer)
@@ -416,7 +421,10 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     with torch.no_grad():
         for side in ("left", "right"):
             ids, mask = (t.to(model.device) for t in pad(sequences, tokenizer.pad_token_id, side))
-            kept, loaded = sequence_scores(model, ids, mask), reloaded(input_ids=ids, attention_mask=mask).logits[:, 0]
+            # learned positions (GPT-2's) are counted from a row's first column unless it is told better
+            placed = {"position_ids": positions(mask)} if side == "left" else {}
+            kept = sequence_scores(model, ids, mask)
+            loaded = reloaded(input_ids=ids, attention_mask=mask, **placed).logits[:, 0]
             if not torch.allclose(loaded.float(), kept, atol=1e-3 if model.dtype == torch.float32 else 0.1):
                 raise RuntimeError(f"the saved reward model gives other scores: {loaded.tolist()}, not {kept.tolist()}")
 
@@ -445,7 +453,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.preflight import enough_rows, preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
     from recipes.common.sharding import sharded, whole_model
-    from recipes.common.shared_prompts import check_kernel
+    from recipes.common.shared_prompts import check_apart, check_window
     from recipes.common.training import fit
 
     if config.reward.optimizer == "muon":
@@ -464,7 +472,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
             f"reward.{name}_coefficient: the output head of this model is not its word embeddings, and a "
             "sequence-classification model does not have it: use 0"
         )
-    check_kernel(model.config)
+    check_apart(model)
     freeze(model, config.reward.frozen_layers)
     grow(model, config.reward.new_layers)
     model.config.reward_likelihood = knobs.likelihood_coefficient
@@ -487,6 +495,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         sampled_held_out = comparisons(own, tokenizer, limit, run, skip=True)
         skip = True  # two of its answers may be other text and the same tokens
     train = comparisons(rows, tokenizer, limit, run, skip=skip)
+    check_window(model.config, max(map(row_length, (*train, *held_out))))
 
     args = config.training
     prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -457,13 +457,19 @@ class ActorCritic(nn.Module):
         """The policy's; DeepSpeed and our preflight look for it."""
         return self.policy.config
 
-    def forward(self, rows: Rows, with_entropy: bool = False, text: Tensor | None = None) -> Told:
-        """Log-probabilities and values of N = B K answers, [N, R]; `text` [T, S] goes through the same forward, as DDP wants it."""
+    def forward(
+        self, rows: Rows, with_entropy: bool = False, text: Tensor | None = None, critic_only: bool = False
+    ) -> Told:
+        """Log-probabilities and values of N = B K answers, [N, R]; `text` [T, S] goes through the same forward, as DDP wants it.
+
+        `critic_only`: what a critic learns moves its own weights alone, not the policy's that its head stands on.
+        """
         out, logprobs, entropy = answers_told(
             self.policy, rows, with_entropy, output_hidden_states=self.critic is None
         )  # [B, K, R]
         if self.critic is None:
             states = at_columns(out.hidden_states[-1], rows.before)  # [B, K, R, H]
+            states = states.detach() if critic_only else states
             with torch.autocast(states.device.type, enabled=False):
                 # DeepSpeed in 16 bits has the head in them too
                 values = F.linear(states.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)

@@ -529,6 +529,38 @@ def test_answers_beyond_the_models_positions_are_left_out(tiny, preferences, tmp
     assert "longer than 128 tokens" in capsys.readouterr().out  # reward.max_length is 256
 
 
+def saved_as(folder: Path, tiny: Path, config: object) -> Path:
+    """A model of this config and the size of the tiny tokenizer, saved with that tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = ("pad_token_id", tokenizer.pad_token_id), ("eos_token_id", tokenizer.eos_token_id), ("bos_token_id", None)
+    for name, value in (("vocab_size", len(tokenizer)), *ids):
+        setattr(config, name, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_learned_positions_trains_and_is_saved(tiny, preferences, tmp_path):
+    """GPT-2 counts positions from a row's first column, padding or not, unless it is told where its tokens stand."""
+    from transformers import GPT2Config
+
+    gpt2 = saved_as(tmp_path / "gpt2", tiny, GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    assert run(gpt2, preferences, tmp_path, training__max_steps=2) == 0
+
+
+def test_a_window_shorter_than_a_prompt_with_its_answers_is_refused(tiny, preferences, tmp_path, capsys):
+    from transformers import MistralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, num_key_value_heads=2, max_position_embeddings=128, sliding_window=8)
+    mistral = saved_as(tmp_path / "mistral", tiny, config)
+    assert run(mistral, preferences, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "look back 8 tokens" in error and "Traceback" not in error
+
+
 def test_a_model_without_a_pad_token_of_its_own_is_refused(tiny, preferences, tmp_path, capsys):
     """Its stop token would fill the batch, and `from_pretrained` would read the score before it."""
     import shutil
