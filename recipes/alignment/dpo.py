@@ -327,7 +327,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
-    from recipes.common.rlhf import disable_dropout
+    from recipes.common.rlhf import check_fresh_adapter, disable_dropout
     from recipes.common.training import fit, total_steps
 
     check_settings(config)
@@ -386,6 +386,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     if reference is not None:
         reference.to(args.device)
     before = measure("before")
+    if config.lora is not None:
+        check_fresh_adapter(before.figures["kl"])
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     after = measure("after")
     figures = judge_pairs(trainer, reference, pairs, config, run)

@@ -296,6 +296,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         return told
 
     before = measure("before")
+    if config.lora is not None:
+        rlhf.check_fresh_adapter(before.figures["kl"])
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     after = measure("after")
     policy_figures.save(trainer, tokenizer, run)

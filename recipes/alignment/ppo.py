@@ -501,11 +501,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     before, answers_before = measure()
     run.say("before  " + "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
-    if config.lora is not None and abs(before["kl"]) > 1e-3:
-        raise UserError(
-            f"lora: a fresh adapter is {before['kl']:.3g} nats away from the model without it, which is the reference: "
-            "use an initialisation that leaves the model as it is (lora.init_lora_weights: true)"
-        )
+    if config.lora is not None:
+        rlhf.check_fresh_adapter(before["kl"])
 
     loop = Loop(run, args, accelerator, total_steps=steps, time_limit_minutes=config.run.time_limit_minutes)
     for step in loop:

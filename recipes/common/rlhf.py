@@ -423,6 +423,16 @@ def check_adapter_off(base: Sequence[nn.Parameter], adapted: nn.Module, bias: st
     check_frozen(base, adapted, f"lora.bias: {bias} makes weights of the model itself learn; use none")
 
 
+def check_fresh_adapter(kl: float) -> None:
+    """Raise UserError where a policy is `kl` nats an answer from its reference, itself without its adapter, before the first
+    step: the adapter starts as something (lora.init_lora_weights: false), or the model below was changed for it (pissa)."""
+    if abs(kl) > 1e-3:
+        raise UserError(
+            f"lora: a fresh adapter is {kl:.3g} nats away from the model without it, which is the reference: use an "
+            "initialisation that leaves the model as it is (lora.init_lora_weights: true)"
+        )
+
+
 class Told(NamedTuple):
     """What policy and critic say of N answers."""
 

@@ -430,6 +430,7 @@ FUNCTION = {"ppo__reward_model": "null", "ppo__reward_function": "tests.alignmen
         ({"ppo__engine": "vllm"}, "ppo.engine: vllm is not installed"),
         ({"lora__target_modules": "[q_pro]"}, "did you mean q_proj"),
         ({"lora__init_lora_weights": "false", "lora__lora_alpha": 4}, "lora.init_lora_weights"),
+        ({"lora__init_lora_weights": "pissa", "lora__lora_alpha": 4}, "lora.init_lora_weights"),
         ({"model__attention": "flex_attention"}, "use sdpa, or eager"),
     ],
 )
