@@ -95,13 +95,13 @@ def load_rewards(
     found = []
     for name in config.grpo.rewards:
         if name in REWARDS or ":" in name or "/" not in name:
-            found.append(as_trl(find(name, columns), name, tokenizer, stops))
+            found.append(as_trl(of_texts(find(name, columns)), name, tokenizer, stops))
             continue
         judge = load_reward_model(name, config.model, tokenizer, run, "grpo.rewards").to(config.training.device)
 
         def learned(answers, rows, judge=judge):  # type: ignore[no-untyped-def]
             told = reward_scores(
-                judge, tokenizer, rows, [[text] for text in answers], config.evaluation.batch_size,
+                judge, tokenizer, rows, [[answer] for answer in answers], config.evaluation.batch_size,
                 bf16=config.training.bf16,
             )  # fmt: skip
             return [one for (one,) in told]
@@ -122,14 +122,20 @@ def missing_stop(stops: list[int], penalty: float) -> Callable[..., list[float]]
     return missing_stop
 
 
+def of_texts(function: Any) -> Any:
+    """A function of texts and rows as `as_trl` calls it: with the answers, of which it need not know whether they ended."""
+    return lambda answers, rows: function([answer.text for answer in answers], rows)
+
+
 def as_trl(
     function: Any, name: str, tokenizer: PreTrainedTokenizerBase, stops: list[int]
 ) -> Callable[..., list[float]]:
-    """A reward of ours as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
+    """A reward of ours, of `Answer`s and rows, as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
     answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in samples/. Raises
     UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out without a word."""
     from recipes.common.builtin.tasks import check
     from recipes.common.generation import decode, is_checkable
+    from recipes.common.own_answers import Answer
     from recipes.common.verifiable_rewards import checked
 
     def reward(
@@ -141,7 +147,7 @@ def as_trl(
         rows = [{"prompt": p, **{key: values[i] for key, values in kept.items()}} for i, p in enumerate(prompts)]
         ended = [bool(ids) and ids[-1] in stops for ids in completion_ids]
         texts = [decode(tokenizer, ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)]
-        values = checked(function(texts, rows), len(texts), f"grpo.rewards: {name}")
+        values = checked(function(list(map(Answer, texts, ended)), rows), len(texts), f"grpo.rewards: {name}")
         if log_metric is not None and is_checkable(rows[0]):
             log_metric("true_score", sum(check(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows))
         reward.latest = list(zip(rows, texts, values, strict=True))  # type: ignore[attr-defined]

@@ -79,7 +79,7 @@ def trainer_of(tiny: Path, folder: Path, reward: Any, own_pad: bool = True, **tr
     asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"] + "!" * i}]} for i, row in enumerate(rows(8))]
     data = Dataset.from_list(asked)
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    wrapped = grpo.as_trl(reward, "mine", tokenizer, [tokenizer.eos_token_id])
+    wrapped = grpo.as_trl(grpo.of_texts(reward), "mine", tokenizer, [tokenizer.eos_token_id])
     trainer = GRPOTrainer(model, wrapped, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -102,7 +102,7 @@ def test_a_reward_is_shown_the_rows_fields_and_the_answer_as_it_was_written(tiny
         seen.append((list(answers), [row["shade"] for row in rows]))
         return tasks(answers, rows)
 
-    reward = grpo.as_trl(spy, "a:b", tokenizer, [stop])
+    reward = grpo.as_trl(grpo.of_texts(spy), "a:b", tokenizer, [stop])
     told: dict[str, float] = {}
     values = reward(
         prompts=["p"] * 4,
@@ -116,6 +116,8 @@ def test_a_reward_is_shown_the_rows_fields_and_the_answer_as_it_was_written(tiny
     assert values == [1.0, 0.0, 1.0, 0.0]
     assert told == {"true_score": 0.5}
     assert reward.__name__ == "a.b" and len(reward.latest) == 4
+    learned = grpo.as_trl(lambda answers, rows: [float(answer.ended) for answer in answers], "c", tokenizer, [stop])
+    assert learned(["p"] * 2, None, completion_ids=[[k, stop], [k, k]]) == [1.0, 0.0]
 
 
 def test_an_answer_that_does_not_end_loses_the_penalty_once_however_many_rewards_there_are(tiny, tmp_path):
@@ -167,13 +169,13 @@ def test_what_a_reward_must_not_give_is_refused(tiny, told, said):
 def test_a_reward_model_that_gives_no_number_is_refused(tiny):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from recipes.common.own_answers import reward_scores
+    from recipes.common.own_answers import Answer, reward_scores
 
     judge = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
     judge.score.weight.data.fill_(float("nan"))
     asked = [{"prompt": [{"role": "user", "content": "Is it?"}]}]
     with pytest.raises(UserError, match="the reward model: it gave an answer the score nan"):
-        reward_scores(judge, AutoTokenizer.from_pretrained(tiny), asked, [["k", "c"]], 4)
+        reward_scores(judge, AutoTokenizer.from_pretrained(tiny), asked, [[Answer("k"), Answer("c")]], 4)
 
 
 def test_the_rows_fields_reach_it_through_trl(tiny, tmp_path):

@@ -92,7 +92,7 @@ def test_a_comparison_ends_as_the_template_ends_it(two_stops, tmp_path):
     torch.manual_seed(0)
     model.config.num_labels = 1
     judge = AutoModelForSequenceClassification.from_config(model.config).eval()
-    ((told, _),) = own_answers.reward_scores(judge, tokenizer, [row], [["k", "c"]], 2)
+    ((told, _),) = own_answers.reward_scores(judge, tokenizer, [row], [list(map(own_answers.Answer, ["k", "c"]))], 2)
     ids, mask = rlhf.pad(encoded["sequences"][:1], tokenizer.pad_token_id, "right")
     with torch.no_grad():
         assert told == pytest.approx(rlhf.sequence_scores(judge, ids, mask).item(), abs=1e-5)
