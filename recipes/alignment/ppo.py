@@ -35,7 +35,7 @@ from recipes.common.config import Section
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
+from recipes.common.sections import ClosedUnitInterval, Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
     import peft
@@ -70,8 +70,8 @@ class PPO:
     # of the penalty, a token at a time; k1's gradient as a reward is KL's, the others' is not: recipes/common/rlhf.py
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: PositiveFloat | None = None  # nats a response that beta is steered to (Ziegler 2019); default: fixed
-    gamma: NonNegativeFloat = 1.0  # no discount (InstructGPT)
-    lam: NonNegativeFloat = 0.95  # GAE's lambda (InstructGPT)
+    gamma: ClosedUnitInterval = 1.0  # no discount (InstructGPT)
+    lam: ClosedUnitInterval = 0.95  # GAE's lambda (InstructGPT)
     clip: PositiveFloat = 0.2  # of the ratio, eps of PPO eq. (7) (InstructGPT)
     value_clip: PositiveFloat = 0.2  # of a value's change in a step (InstructGPT)
     value_coefficient: PositiveFloat = 0.1  # weight of the value loss (Huang 2024)
@@ -306,6 +306,11 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
     if (ppo.pretraining_coefficient > 0) != (config.pretraining is not None):
         problems.append(
             "ppo.pretraining_coefficient: PPO-ptx takes a coefficient above 0 and a section `pretraining` that names its text"
+        )
+    if config.lora is not None and config.lora.lora_dropout:
+        problems.append(
+            f"lora.lora_dropout: {config.lora.lora_dropout} has no say here: a token's log-probability is the same whenever it is "
+            "computed, so nothing is dropped; leave it out"
         )
     if ppo.kl_target is not None and ppo.kl_coefficient == 0:
         problems.append(

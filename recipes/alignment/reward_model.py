@@ -116,7 +116,9 @@ def sample_candidates(
     )  # fmt: skip
     found, wrong_ones = [], 0
     for row, texts in zip(rows, answers, strict=True):
-        wrong = [text for text in dict.fromkeys(texts) if text.strip() and not check(row, text)]
+        # what was cut is left out: the stop token that it is to be scored at is not there
+        ended = dict.fromkeys(text for text, end in texts if end)
+        wrong = [text for text in ended if text.strip() and not check(row, text)]
         wrong_ones += bool(wrong)
         kept = len(row["completions"]) if beside_given else 1
         completions, ranks = row["completions"][:kept], row["ranks"][:kept]
@@ -125,7 +127,8 @@ def sample_candidates(
             found.append({"prompt": row["prompt"], "completions": completions + new, "ranks": ranks + [1] * len(new)})
     if not wrong_ones:
         raise UserError(
-            "reward.candidates: the model answered every sampled prompt right, so there is nothing to compare"
+            "reward.candidates: the model answered every sampled prompt right (answers that evaluation.max_new_tokens cut "
+            "are left out), so there is nothing to compare"
         )
     run.say(f"  sampled {config.reward.samples} answers to {len(rows)} prompts: {wrong_ones} prompts with wrong ones")
     return rows.from_list(found)
@@ -452,10 +455,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     )
     from recipes.common.preflight import enough_rows, preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
+    from recipes.common.sft import plain_logits
     from recipes.common.sharding import sharded, whole_model
     from recipes.common.shared_prompts import check_apart, check_window
     from recipes.common.training import fit
 
+    for key, usual, why in (
+        ("label_smoothing_factor", 0.0, "the ranking loss has no labels to smooth"),
+        ("data_seed", None, "training.seed decides the order of the rows"),
+    ):
+        if (value := getattr(config.training, key)) != usual:
+            raise UserError(f"training.{key}: {value} has no say here: {why}; leave it out")
     if config.reward.optimizer == "muon":
         check_muon(config.training)
     tokenizer = load_tokenizer(config.model, run, chat=True)
@@ -466,11 +476,13 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
             f"model.name: {type(model).__name__} has no `score` head on its last token: give a decoder-only model"
         )
     knobs = config.reward
-    if (knobs.language_coefficient or knobs.likelihood_coefficient) and not model.config.tie_word_embeddings:
+    if (knobs.language_coefficient or knobs.likelihood_coefficient) and not (
+        model.config.tie_word_embeddings and plain_logits(model)
+    ):
         name = "language" if knobs.language_coefficient else "likelihood"
         raise UserError(
-            f"reward.{name}_coefficient: the output head of this model is not its word embeddings, and a "
-            "sequence-classification model does not have it: use 0"
+            f"reward.{name}_coefficient: the output head of this model is not its word embeddings alone (it has weights of its "
+            "own, or scales or caps the logits), and a sequence-classification model does not have it: use 0"
         )
     check_apart(model)
     freeze(model, config.reward.frozen_layers)

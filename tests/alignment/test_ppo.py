@@ -432,6 +432,14 @@ FUNCTION = {"ppo__reward_model": "null", "ppo__reward_function": "tests.alignmen
         ({"lora__init_lora_weights": "false", "lora__lora_alpha": 4}, "lora.init_lora_weights"),
         ({"lora__init_lora_weights": "pissa", "lora__lora_alpha": 4}, "lora.init_lora_weights"),
         ({"model__attention": "flex_attention"}, "use sdpa, or eager"),
+        ({"ppo__gamma": 1.01}, "ppo.gamma"),
+        ({"ppo__lam": 95}, "ppo.lam"),
+        ({"lora__lora_dropout": 0.1}, "lora.lora_dropout: 0.1 has no say here"),
+        ({"training__data_seed": 1}, "training.data_seed: 1 has no say"),
+        ({"training__torch_compile": "true"}, "training.torch_compile: True has no say"),
+        ({"training__neftune_noise_alpha": 5}, "training.neftune_noise_alpha: 5.0 has no say"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor: 0.1 has no say"),
+        ({"training__per_device_eval_batch_size": 4}, "training.per_device_eval_batch_size: 4 has no say"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more, said, tiny, judge, preferences, tmp_path, capsys):
