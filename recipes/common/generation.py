@@ -274,7 +274,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False))
     end = [int(token) for token, _ in alike][::-1]
-    while end and not tokenizer.decode(end[:1]).strip():
+    while end and not decode(tokenizer, end[:1]).strip():
         end = end[1:]
     return end or [int(tokenizer.eos_token_id)]
 
