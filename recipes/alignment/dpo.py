@@ -83,11 +83,12 @@ def rank_own(
     rows: list[Row], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, run: RunFolder
 ) -> list[Row]:
     """Comparisons of the policy's own answers. The checker: right ones tie, and so do wrong ones, below them; a prompt
-    with answers of one kind alone is left out. A reward model: the answers that it likes best and least.
+    with answers of one kind alone is left out. A reward model: the answers that it likes best and least. One that was cut at
+    evaluation.max_new_tokens is never the better one, and "ended" says that it has no stop token to learn from.
 
     With candidates `both`, the data's best answer is judged among the policy's. UserError if nothing is left.
     """
-    from recipes.common.own_answers import checker_scores, load_reward_model, reward_scores, sample_answers
+    from recipes.common.own_answers import Answer, checker_scores, load_reward_model, reward_scores, sample_answers
 
     dpo, args, evaluation = config.dpo, config.training, config.evaluation
     if dpo.judge == "checker":
@@ -96,24 +97,29 @@ def rank_own(
         policy.to(args.device), tokenizer, rows, dpo.samples, evaluation, seed=args.seed, bf16=args.bf16
     )
     if dpo.candidates == "both":  # the data's best answer is judged as the others are
-        answers = [[row["completions"][0], *some] for row, some in zip(rows, answers, strict=True)]
+        answers = [[Answer(row["completions"][0]), *some] for row, some in zip(rows, answers, strict=True)]
     answers = [
-        [text for text in dict.fromkeys(some) if text.strip()] for some in answers
+        [answer for answer in dict.fromkeys(some) if answer.text.strip()] for some in answers
     ]  # an empty one teaches nothing
     if dpo.judge == "checker":
-        scores = checker_scores(rows, answers)
+        told = checker_scores(rows, answers)
+        scores = [
+            [score * one.ended for score, one in zip(*pair, strict=True)] for pair in zip(told, answers, strict=True)
+        ]
     else:
         judge = load_reward_model(dpo.judge, config.model, tokenizer, run, "dpo.judge").to(args.device)
         scores = reward_scores(judge, tokenizer, rows, answers, evaluation.batch_size, bf16=args.bf16)
-        ends = [sorted(range(len(some)), key=some.__getitem__) for some in scores]
-        ends = [[order[-1], order[0]] if len(order) > 1 else [] for order in ends]
+        orders = [sorted(range(len(some)), key=some.__getitem__) for some in scores]
+        bests = [[k for k in order if some[k].ended][-1:] for order, some in zip(orders, answers, strict=True)]
+        ends = [[*best, order[0]] if best else [] for best, order in zip(bests, orders, strict=True)]
         answers = [[some[k] for k in kept] for some, kept in zip(answers, ends, strict=True)]
         scores = [[some[k] for k in kept] for some, kept in zip(scores, ends, strict=True)]
     found = []
-    for row, texts, told in zip(rows, answers, scores, strict=True):
-        ranks = [float(max(told, default=0.0) - score) for score in told]
+    for row, some, values in zip(rows, answers, scores, strict=True):
+        ranks = [float(max(values, default=0.0) - value) for value in values]
         if len(set(ranks)) > 1:
-            found.append({"prompt": row["prompt"], "completions": texts, "ranks": ranks})
+            texts, ended = map(list, zip(*some, strict=True))
+            found.append({"prompt": row["prompt"], "completions": texts, "ranks": ranks, "ended": ended})
     if not found:
         raise UserError("dpo.candidates: no prompt got answers of which one is better: there is nothing to prefer")
     run.say(f"  sampled {dpo.samples} answers to {len(rows)} prompts: {len(found)} of them have something to prefer")
@@ -121,28 +127,33 @@ def rank_own(
 
 
 def pairs_of(rows: list[Row], per_prompt: int | None, seed: int) -> list[Row]:
-    """K ranked answers -> every untied pair, the better as chosen; or `per_prompt` of them, drawn by the seed."""
+    """K ranked answers -> every untied pair, the better as chosen; or `per_prompt` of them, drawn by the seed.
+
+    "ended": whether the rejected one has its stop token; the chosen one always has.
+    """
     import random
 
     rng, pairs = random.Random(seed), []
     for number, row in enumerate(rows, 1):
-        ranked = list(zip(row["completions"], row["ranks"], strict=True))
-        found = [(good, bad) for good, a in ranked for bad, b in ranked if a < b]
+        ended = row.get("ended") or [True] * len(row["ranks"])  # the data's answers are whole
+        ranked = list(zip(row["completions"], row["ranks"], ended, strict=True))
+        found = [(good, bad, end) for good, a, _ in ranked for bad, b, end in ranked if a < b]
         if per_prompt is not None and len(found) > per_prompt:
             found = rng.sample(found, per_prompt)
-        pairs += [{"row": number, "prompt": row["prompt"], "chosen": good, "rejected": bad} for good, bad in found]
+        same = {"row": number, "prompt": row["prompt"]}
+        pairs += [{**same, "chosen": good, "rejected": bad, "ended": end} for good, bad, end in found]
     return pairs
 
 
 def encode(pairs: list[Row], tokenizer: Any, model: PreTrainedModel, config: Config, run: RunFolder) -> list[Row]:
-    """The pairs as trl's DPOTrainer encodes them: prompt_ids, chosen_ids, rejected_ids.
+    """The pairs as trl's DPOTrainer encodes them: prompt_ids, chosen_ids, rejected_ids; no stop token where there was none.
 
     Those that training.max_length (or the model) has no room for are left out and counted; trl would cut their answers.
     Raises UserError, with the row, for two answers that the chat template makes one.
     """
     from trl.data_utils import common_prefix_length
 
-    from recipes.common.generation import model_positions, prompt_ids
+    from recipes.common.generation import model_positions, prompt_ids, turn_end
 
     prompts = prompt_ids(tokenizer, [pair["prompt"] for pair in pairs])
     sides = {}
@@ -150,6 +161,10 @@ def encode(pairs: list[Row], tokenizer: Any, model: PreTrainedModel, config: Con
         turns = [[*pair["prompt"], {"role": "assistant", "content": pair[side]}] for pair in pairs]
         sides[side] = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
     limit = min(length for length in (config.training.max_length, model_positions(model), 2**30) if length)
+    end = turn_end(tokenizer)
+    for pair, ids in zip(pairs, sides["rejected"], strict=True):
+        if not pair["ended"] and ids[-len(end) :] == end:
+            del ids[-len(end) :]
     kept = []
     for pair, prompt, chosen, rejected in zip(pairs, prompts, sides["chosen"], sides["rejected"], strict=True):
         if chosen == rejected:
@@ -323,16 +338,18 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     """Model, pairs, reference; measure, train, measure again, save."""
     from recipes.common import policy_figures, sharding
     from recipes.common.data import load_data
+    from recipes.common.generation import check_turn_end
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
-    from recipes.common.rlhf import disable_dropout
+    from recipes.common.rlhf import check_fresh_adapter, disable_dropout
     from recipes.common.training import fit, total_steps
 
     check_settings(config)
     dpo, args, evaluation = config.dpo, config.training, config.evaluation
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
+    check_turn_end(model, tokenizer)
     data = load_data(config.data, "prompt" if dpo.candidates == "sampled" else "preference")
     rows = with_room(data["train"].to_list(), tokenizer, model, config, run)
     held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples))).to_list()
@@ -384,11 +401,14 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     if reference is not None:
         reference.to(args.device)
     before = measure("before")
+    if config.lora is not None:
+        check_fresh_adapter(before.figures["kl"])
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
+    policy_figures.save_learned(trainer, tokenizer, run)  # before the figures: these may need more memory than there is
     after = measure("after")
     figures = judge_pairs(trainer, reference, pairs, config, run)
     figures |= loss_figures(trainer.evaluate()["eval_loss"], args.loss_type)
-    policy_figures.save(trainer, tokenizer, run)
+    policy_figures.save_merged(trainer, tokenizer, run)
     run.plot_curve("loss", "loss", label="training loss")
     run.plot_curve("accuracy", "rewards/accuracies", label="training pairs ranked right by the implicit reward")
     run.plot_curve("log_probabilities", "logps/chosen", "logps/rejected", label="log-probability of an answer, nats")

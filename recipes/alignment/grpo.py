@@ -78,7 +78,7 @@ TAKEN = {
 
 
 def load_rewards(
-    config: Config, columns: list[str], tokenizer: PreTrainedTokenizerBase, run: RunFolder
+    config: Config, columns: list[str], tokenizer: PreTrainedTokenizerBase, stops: list[int], run: RunFolder
 ) -> list[Callable[..., list[float]]]:
     """Each reward as trl calls it: (prompts, completions, completion_ids, and the rows' columns) -> one number an answer.
 
@@ -95,42 +95,48 @@ def load_rewards(
     found = []
     for name in config.grpo.rewards:
         if name in REWARDS or ":" in name or "/" not in name:
-            found.append(as_trl(find(name, columns), name, tokenizer))
+            found.append(as_trl(of_texts(find(name, columns)), name, tokenizer, stops))
             continue
         judge = load_reward_model(name, config.model, tokenizer, run, "grpo.rewards").to(config.training.device)
 
         def learned(answers, rows, judge=judge):  # type: ignore[no-untyped-def]
             told = reward_scores(
-                judge, tokenizer, rows, [[text] for text in answers], config.evaluation.batch_size,
+                judge, tokenizer, rows, [[answer] for answer in answers], config.evaluation.batch_size,
                 bf16=config.training.bf16,
             )  # fmt: skip
             return [one for (one,) in told]
 
-        found.append(as_trl(learned, "learned", tokenizer))
+        found.append(as_trl(learned, "learned", tokenizer, stops))
     if penalty:
-        found.append(missing_stop(tokenizer.eos_token_id, penalty))
+        found.append(missing_stop(stops, penalty))
         args.reward_weights = [*(args.reward_weights or [1.0] * named), 1.0]
     return found
 
 
-def missing_stop(stop: Any, penalty: float) -> Callable[..., list[float]]:
-    """- penalty for an answer that does not end in the token `stop`, else 0, as trl calls it."""
+def missing_stop(stops: list[int], penalty: float) -> Callable[..., list[float]]:
+    """- penalty for an answer that ends in none of the tokens `stops`, else 0, as trl calls it."""
 
     def missing_stop(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
-        return [0.0 if ids and ids[-1] == stop else -penalty for ids in completion_ids]
+        return [0.0 if ids and ids[-1] in stops else -penalty for ids in completion_ids]
 
     return missing_stop
 
 
-def as_trl(function: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
-    """A reward of ours as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
+def of_texts(function: Any) -> Any:
+    """A function of texts and rows as `as_trl` calls it: with the answers, of which it need not know whether they ended."""
+    return lambda answers, rows: function([answer.text for answer in answers], rows)
+
+
+def as_trl(
+    function: Any, name: str, tokenizer: PreTrainedTokenizerBase, stops: list[int]
+) -> Callable[..., list[float]]:
+    """A reward of ours, of `Answer`s and rows, as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
     answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in samples/. Raises
     UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out without a word."""
     from recipes.common.builtin.tasks import check
     from recipes.common.generation import decode, is_checkable
+    from recipes.common.own_answers import Answer
     from recipes.common.verifiable_rewards import checked
-
-    stop = tokenizer.eos_token_id
 
     def reward(
         prompts: Any, completions: Any, completion_ids: Any, log_metric: Any = None, **columns: Any
@@ -139,9 +145,9 @@ def as_trl(function: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> Call
             key: values for key, values in columns.items() if isinstance(values, list) and len(values) == len(prompts)
         }
         rows = [{"prompt": p, **{key: values[i] for key, values in kept.items()}} for i, p in enumerate(prompts)]
-        ended = [bool(ids) and ids[-1] == stop for ids in completion_ids]
+        ended = [bool(ids) and ids[-1] in stops for ids in completion_ids]
         texts = [decode(tokenizer, ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)]
-        values = checked(function(texts, rows), len(texts), f"grpo.rewards: {name}")
+        values = checked(function(list(map(Answer, texts, ended)), rows), len(texts), f"grpo.rewards: {name}")
         if log_metric is not None and is_checkable(rows[0]):
             log_metric("true_score", sum(check(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows))
         reward.latest = list(zip(rows, texts, values, strict=True))  # type: ignore[attr-defined]
@@ -223,7 +229,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     from recipes.common import policy_figures, rlhf, sft, sharding
     from recipes.common.data import load_data
-    from recipes.common.generation import prompt_ids
+    from recipes.common.generation import check_turn_end, prompt_ids, stop_ids
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
@@ -233,6 +239,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     args, evaluation = config.training, config.evaluation
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
+    check_turn_end(model, tokenizer)
     data = load_data(config.data, "prompt")
     train = data["train"].select_columns([c for c in data["train"].column_names if c not in TAKEN])
     held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples))).to_list()
@@ -246,7 +253,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     longest = evaluation.max_new_tokens
     kept = room(asked, prompt_ids(tokenizer, asked), model, longest, "evaluation.max_new_tokens", config.data, run)
     held_out = [held_out[i] for i in kept]
-    rewards = load_rewards(config, train.column_names, tokenizer, run)
+    rewards = load_rewards(config, train.column_names, tokenizer, stop_ids(model, tokenizer), run)
 
     if config.lora is not None:
         check_low_rank(model, config.lora, run)
@@ -295,6 +302,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         return told
 
     before = measure("before")
+    if config.lora is not None:
+        rlhf.check_fresh_adapter(before.figures["kl"])
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     after = measure("after")
     policy_figures.save(trainer, tokenizer, run)

@@ -35,7 +35,7 @@ from recipes.common.config import Section
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
 from recipes.common.run_folder import RunFolder
-from recipes.common.sections import Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
+from recipes.common.sections import ClosedUnitInterval, Data, Evaluation, Model, PositiveFloat, PositiveInt, Run
 
 if TYPE_CHECKING:
     import peft
@@ -70,8 +70,8 @@ class PPO:
     # of the penalty, a token at a time; k1's gradient as a reward is KL's, the others' is not: recipes/common/rlhf.py
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: PositiveFloat | None = None  # nats a response that beta is steered to (Ziegler 2019); default: fixed
-    gamma: NonNegativeFloat = 1.0  # no discount (InstructGPT)
-    lam: NonNegativeFloat = 0.95  # GAE's lambda (InstructGPT)
+    gamma: ClosedUnitInterval = 1.0  # no discount (InstructGPT)
+    lam: ClosedUnitInterval = 0.95  # GAE's lambda (InstructGPT)
     clip: PositiveFloat = 0.2  # of the ratio, eps of PPO eq. (7) (InstructGPT)
     value_clip: PositiveFloat = 0.2  # of a value's change in a step (InstructGPT)
     value_coefficient: PositiveFloat = 0.1  # weight of the value loss (Huang 2024)
@@ -210,6 +210,7 @@ def update(
                     take(rollout.rows, prompts),
                     with_entropy=ppo.entropy_coefficient > 0,
                     text=next(blocks) if blocks else None,
+                    critic_only=critic_only,
                 )  # [b, R] each, and []
                 policy, clipped = rlhf.policy_loss(logprobs, rollout.logprobs[rows], advantages[rows], ppo.clip)
                 value, value_clipped = rlhf.value_loss(values, rollout.values[rows], returns[rows], ppo.value_clip)
@@ -305,6 +306,11 @@ def check(config: Config, longest_prompt: int, policy: PreTrainedModel, processe
     if (ppo.pretraining_coefficient > 0) != (config.pretraining is not None):
         problems.append(
             "ppo.pretraining_coefficient: PPO-ptx takes a coefficient above 0 and a section `pretraining` that names its text"
+        )
+    if config.lora is not None and config.lora.lora_dropout:
+        problems.append(
+            f"lora.lora_dropout: {config.lora.lora_dropout} has no say here: a token's log-probability is the same whenever it is "
+            "computed, so nothing is dropped; leave it out"
         )
     if ppo.kl_target is not None and ppo.kl_coefficient == 0:
         problems.append(
@@ -406,12 +412,12 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     from recipes.common import ppo_measure, ppo_rollout, rlhf
     from recipes.common.data import load_data
-    from recipes.common.generation import is_checkable
+    from recipes.common.generation import check_turn_end, is_checkable
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.peft_models import check_low_rank
     from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import enough_rows, preflight
-    from recipes.common.shared_prompts import check_kernel
+    from recipes.common.shared_prompts import check_apart, check_window
     from recipes.common.training import Loop, make_accelerator
     from recipes.common.verifiable_rewards import find, tasks
 
@@ -430,19 +436,25 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     function = find(ppo.reward_function, rows.column_names) if ppo.reward_function else None
 
     policy = load_model(config.model, tokenizer, run)
-    check_kernel(policy.config)
-    check(config, max(map(len, prompts + held_out_prompts)), policy, processes)
+    check_turn_end(policy, tokenizer)
+    check_apart(policy)
+    longest_prompt = max(map(len, prompts + held_out_prompts))
+    check(config, longest_prompt, policy, processes)
     text, held_out_text = plain_text(config, tokenizer, run) if config.pretraining else (None, None)
     if config.lora is not None:
         check_low_rank(policy, config.lora, run)
         policy = adapted(policy, config)
     reward_model = load_reward_model(config, tokenizer, run)
+    longest_row = longest_prompt + max(ppo.answers * ppo.max_new_tokens, evaluation.max_new_tokens)
+    for model in filter(None, (policy, reward_model)):
+        check_window(model.config, longest_row)
     critic = load_reward_model(config, tokenizer, run) if ppo.critic == "separate" else None
     reference = load_model(config.model, tokenizer, run) if config.lora is None else None
     learner = rlhf.ActorCritic(policy, critic and critic.requires_grad_(True), getattr(reward_model, "config", None))
     if ppo.critic == "others":
         learner.head.requires_grad_(False)  # stays 0: there is no critic
     rlhf.disable_dropout(learner)
+    learner.train()  # a layer is checkpointed in training mode only; nothing else that it does is left, without dropout
     if args.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -494,11 +506,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     before, answers_before = measure()
     run.say("before  " + "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
-    if config.lora is not None and abs(before["kl"]) > 1e-3:
-        raise UserError(
-            f"lora: a fresh adapter is {before['kl']:.3g} nats away from the model without it, which is the reference: "
-            "use an initialisation that leaves the model as it is (lora.init_lora_weights: true)"
-        )
+    if config.lora is not None:
+        rlhf.check_fresh_adapter(before["kl"])
 
     loop = Loop(run, args, accelerator, total_steps=steps, time_limit_minutes=config.run.time_limit_minutes)
     for step in loop:

@@ -116,7 +116,9 @@ def sample_candidates(
     )  # fmt: skip
     found, wrong_ones = [], 0
     for row, texts in zip(rows, answers, strict=True):
-        wrong = [text for text in dict.fromkeys(texts) if text.strip() and not check(row, text)]
+        # what was cut is left out: the stop token that it is to be scored at is not there
+        ended = dict.fromkeys(text for text, end in texts if end)
+        wrong = [text for text in ended if text.strip() and not check(row, text)]
         wrong_ones += bool(wrong)
         kept = len(row["completions"]) if beside_given else 1
         completions, ranks = row["completions"][:kept], row["ranks"][:kept]
@@ -125,7 +127,8 @@ def sample_candidates(
             found.append({"prompt": row["prompt"], "completions": completions + new, "ranks": ranks + [1] * len(new)})
     if not wrong_ones:
         raise UserError(
-            "reward.candidates: the model answered every sampled prompt right, so there is nothing to compare"
+            "reward.candidates: the model answered every sampled prompt right (answers that evaluation.max_new_tokens cut "
+            "are left out), so there is nothing to compare"
         )
     run.say(f"  sampled {config.reward.samples} answers to {len(rows)} prompts: {wrong_ones} prompts with wrong ones")
     return rows.from_list(found)
@@ -140,12 +143,15 @@ def comparisons(
     and for answers of different rank that are the same tokens (`skip` leaves such rows out).
     """
     from recipes.common.chat import encode_plain
+    from recipes.common.generation import turn_end
     from recipes.common.rlhf import prompt_ids
+
+    stop = turn_end(tokenizer)[0]
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = prompt_ids(tokenizer, row["prompt"])
         answers = encode_plain(tokenizer, row["completions"])
-        sequences = [[*prompt, *answer, tokenizer.eos_token_id] for answer in answers]
+        sequences = [[*prompt, *answer, stop] for answer in answers]
         ranks: dict[tuple[int, ...], int] = {}
         alike = any(ranks.setdefault(tuple(a), r) != r for a, r in zip(answers, row["ranks"], strict=True))
         return {"sequences": sequences, "length": max(map(len, sequences)), "start": len(prompt), "alike": alike}
@@ -164,6 +170,11 @@ def comparisons(
         why = f"longer than {max_length} tokens" + (", or of answers that are the same tokens" if alike else "")
         run.say(f"  {len(rows) - len(kept)} of {len(rows)} comparisons are {why}: left out")
     return kept
+
+
+def row_length(row: dict[str, Any]) -> int:
+    """Tokens of the row that holds a prompt and all of its answers."""
+    return row["start"] + sum(len(sequence) - row["start"] for sequence in row["sequences"])
 
 
 def demonstrations(data: Data, tokenizer: Any, config: Config, run: RunFolder) -> Any:
@@ -401,7 +412,7 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from recipes.common.rlhf import pad, sequence_scores
+    from recipes.common.rlhf import pad, positions, sequence_scores
     from recipes.common.sharding import loaded_whole
 
     folder = run.save_model(model, tokenizer)
@@ -413,7 +424,10 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     with torch.no_grad():
         for side in ("left", "right"):
             ids, mask = (t.to(model.device) for t in pad(sequences, tokenizer.pad_token_id, side))
-            kept, loaded = sequence_scores(model, ids, mask), reloaded(input_ids=ids, attention_mask=mask).logits[:, 0]
+            # learned positions (GPT-2's) are counted from a row's first column unless it is told better
+            placed = {"position_ids": positions(mask)} if side == "left" else {}
+            kept = sequence_scores(model, ids, mask)
+            loaded = reloaded(input_ids=ids, attention_mask=mask, **placed).logits[:, 0]
             if not torch.allclose(loaded.float(), kept, atol=1e-3 if model.dtype == torch.float32 else 0.1):
                 raise RuntimeError(f"the saved reward model gives other scores: {loaded.tolist()}, not {kept.tolist()}")
 
@@ -441,10 +455,17 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     )
     from recipes.common.preflight import enough_rows, preflight
     from recipes.common.rlhf import check_own_pad_token, disable_dropout, keep_head_in_full_precision
+    from recipes.common.sft import plain_logits
     from recipes.common.sharding import sharded, whole_model
-    from recipes.common.shared_prompts import check_kernel
+    from recipes.common.shared_prompts import check_apart, check_window
     from recipes.common.training import fit
 
+    for key, usual, why in (
+        ("label_smoothing_factor", 0.0, "the ranking loss has no labels to smooth"),
+        ("data_seed", None, "training.seed decides the order of the rows"),
+    ):
+        if (value := getattr(config.training, key)) != usual:
+            raise UserError(f"training.{key}: {value} has no say here: {why}; leave it out")
     if config.reward.optimizer == "muon":
         check_muon(config.training)
     tokenizer = load_tokenizer(config.model, run, chat=True)
@@ -455,13 +476,15 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
             f"model.name: {type(model).__name__} has no `score` head on its last token: give a decoder-only model"
         )
     knobs = config.reward
-    if (knobs.language_coefficient or knobs.likelihood_coefficient) and not model.config.tie_word_embeddings:
+    if (knobs.language_coefficient or knobs.likelihood_coefficient) and not (
+        model.config.tie_word_embeddings and plain_logits(model)
+    ):
         name = "language" if knobs.language_coefficient else "likelihood"
         raise UserError(
-            f"reward.{name}_coefficient: the output head of this model is not its word embeddings, and a "
-            "sequence-classification model does not have it: use 0"
+            f"reward.{name}_coefficient: the output head of this model is not its word embeddings alone (it has weights of its "
+            "own, or scales or caps the logits), and a sequence-classification model does not have it: use 0"
         )
-    check_kernel(model.config)
+    check_apart(model)
     freeze(model, config.reward.frozen_layers)
     grow(model, config.reward.new_layers)
     model.config.reward_likelihood = knobs.likelihood_coefficient
@@ -484,6 +507,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         sampled_held_out = comparisons(own, tokenizer, limit, run, skip=True)
         skip = True  # two of its answers may be other text and the same tokens
     train = comparisons(rows, tokenizer, limit, run, skip=skip)
+    check_window(model.config, max(map(row_length, (*train, *held_out))))
 
     args = config.training
     prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -12,6 +12,7 @@ repetition penalty, ...) are set aside. transformers would fill them in silently
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -261,6 +262,33 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     named = getattr(model.generation_config, "eos_token_id", None)
     both = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return [int(token) for token in dict.fromkeys(both) if token is not None]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template writes behind the assistant's words, the stop token first: `<|end|>`, or `<|im_end|>` and a
+    line break. Blanks before the stop token are left out; of a template that writes none it is the tokenizer's own."""
+    user = {"role": "user", "content": "?"}
+    one, other = (
+        tokenizer.apply_chat_template([user, {"role": "assistant", "content": answer}], return_dict=False)
+        for answer in ("a", "7")
+    )
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False))
+    end = [int(token) for token, _ in alike][::-1]
+    while end and not decode(tokenizer, end[:1]).strip():
+        end = end[1:]
+    return end or [int(tokenizer.eos_token_id)]
+
+
+def check_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where the chat template ends the assistant's turn with none of `stop_ids`: no answer would ever end."""
+    end, stops = turn_end(tokenizer)[0], stop_ids(model, tokenizer)
+    if end not in stops:
+        named = ", ".join(repr(decode(tokenizer, [token])) for token in stops)
+        raise UserError(
+            f"model: the chat template ends the assistant's turn with {decode(tokenizer, [end])!r}, which is none of the stop "
+            f"tokens ({named}), so that no answer would ever be seen to end: make it the tokenizer's eos_token, add its id "
+            f"{end} to eos_token_id in the checkpoint's generation_config.json, or give another model.chat_template"
+        )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -221,6 +221,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from recipes.common.generation import stop_ids
+
     auto_class = auto_class or AutoModelForCausalLM
     if (model.name is None) == (model.config is None):
         raise UserError("model: give either name (pretrained) or config (from scratch), and not both")
@@ -270,7 +272,9 @@ def load_model(
                     f"{model.tokenizer} is not the tokenizer that {model.name} was trained with: leave out model.tokenizer"
                 )
         if getattr(made, "generation_config", None) is not None:
-            made.generation_config.eos_token_id = tokenizer.eos_token_id
+            # a checkpoint may name more than its tokenizer does: gemma's turns end in another token than its texts
+            stops = stop_ids(made, tokenizer) if model.name else []
+            made.generation_config.eos_token_id = stops if len(stops) > 1 else tokenizer.eos_token_id
             made.generation_config.pad_token_id = tokenizer.pad_token_id
         if made.config.pad_token_id is None:
             made.config.pad_token_id = tokenizer.pad_token_id

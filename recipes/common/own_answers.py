@@ -6,7 +6,7 @@ Made-up mistakes are not the ones that a policy makes: to learn which answers to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipes.common.errors import UserError
 from recipes.common.run_folder import RunFolder
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+class Answer(NamedTuple):
+    """What a policy wrote."""
+
+    text: str  # without its stop token
+    ended: bool = True  # with a stop token; else it was cut, and what would have followed nobody knows
+
+
 def sample_answers(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,19 +34,22 @@ def sample_answers(
     *,
     seed: int = 0,
     bf16: bool = False,
-) -> list[list[str]]:
+) -> list[list[Answer]]:
     """`count` answers to the prompt of each row, at temperature 1. Several processes share the rows; all get all."""
     import torch.distributed as dist
 
-    from recipes.common.generation import generate, prompt_of
+    from recipes.common.generation import decode, generate_ids, pad_id, prompt_ids, prompt_of, stop_ids
 
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     prompts = [prompt_of(row) for row in rows[rank::world] for _ in range(count)]
-    flat = generate(
-        policy, tokenizer, prompts, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size,
-        temperature=1.0, seed=seed + rank, bf16=bf16,
+    stops = stop_ids(policy, tokenizer)
+    written = generate_ids(
+        policy, prompt_ids(tokenizer, prompts), stop=stops, pad=pad_id(tokenizer), temperature=1.0, seed=seed + rank,
+        max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size, bf16=bf16,
     )  # fmt: skip
+    ended = [ids[-1] in stops for ids in written]
+    flat = [Answer(decode(tokenizer, ids[:-1] if end else ids), end) for ids, end in zip(written, ended, strict=True)]
     mine = [flat[i : i + count] for i in range(0, len(flat), count)]
     shares: list[Any] = [mine]
     if several:
@@ -48,8 +58,8 @@ def sample_answers(
     return [shares[i % world][i // world] for i in range(len(rows))]
 
 
-def checker_scores(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-    """1 for each answer that is right, 0 for the others, by the tasks' checker. Raises UserError for rows without one."""
+def checker_scores(rows: Sequence[Row], answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
+    """1 for each answer whose text is right, 0 for the others, by the tasks' checker. Raises UserError for rows without one."""
     from recipes.common.builtin.tasks import check
     from recipes.common.generation import is_checkable
 
@@ -58,7 +68,7 @@ def checker_scores(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> lis
             "data: these rows have no checker (`task` and `answer`, as the builtin sets tasks and tasks_preferences "
             "have): name a reward model that is to judge the answers"
         )
-    return [[float(check(row, text)) for text in some] for row, some in zip(rows, answers, strict=True)]
+    return [[float(check(row, answer.text)) for answer in some] for row, some in zip(rows, answers, strict=True)]
 
 
 PROBE = [  # a conversation with words, digits, signs and another script
@@ -82,6 +92,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.shared_prompts import check_apart
 
     section = Model(name=name, dtype=model.dtype, attention=model.attention)
     own = load_tokenizer(section, run)
@@ -103,6 +114,7 @@ def load_reward_model(
             f"{key}: {name} gives {made.config.num_labels} labels; a reward model is a decoder with a `score` head of "
             "one, as recipes/alignment/reward_model.py makes"
         )
+    check_apart(made)
     return made.requires_grad_(False).eval()
 
 
@@ -110,27 +122,26 @@ def reward_scores(
     reward_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    answers: Sequence[Sequence[str]],
+    answers: Sequence[Sequence[Answer]],
     batch_size: int,
     *,
     bf16: bool = False,
 ) -> list[list[float]]:
     """The reward model's score of each answer of each row, in its standard deviations above a good held-out answer.
 
-    Raises UserError for nan or inf.
+    It is read at the answer's stop token; of one that was cut, at its last word. Raises UserError for nan or inf.
     """
     from recipes.common.chat import encode_plain
-    from recipes.common.generation import inference, pad_id, prompt_ids, prompt_of
+    from recipes.common.generation import inference, pad_id, prompt_ids, prompt_of, turn_end
     from recipes.common.rlhf import answer_scores, shared_states
     from recipes.common.shared_prompts import Rows, share
     from recipes.common.verifiable_rewards import checked
 
     prompts = prompt_ids(tokenizer, [prompt_of(row) for row in rows])
-    flat = [
-        (i, k, [*ids, tokenizer.eos_token_id])
-        for i, some in enumerate(answers)
-        for k, ids in enumerate(encode_plain(tokenizer, list(some)))
-    ]
+    stop, flat = turn_end(tokenizer)[0], []
+    for i, some in enumerate(answers):
+        for k, ids in enumerate(encode_plain(tokenizer, [answer.text for answer in some])):
+            flat.append((i, k, [*ids, stop] if some[k].ended or not ids else ids))
     flat.sort(key=lambda entry: len(prompts[entry[0]]) + len(entry[2]))
     scores = [[0.0] * len(some) for some in answers]
     mean = getattr(reward_model.config, "reward_mean", 0.0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOGITS = 2**28  # at once, where only log-probabilities are wanted: 1 GiB of float32
 Score = Callable[
     [Sequence[dict[str, Any]], Sequence[list[int]]], Sequence[float]
 ]  # rows, their answers' ids -> rewards
@@ -62,7 +63,10 @@ def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, promp
 def response_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], fill: int
 ) -> tuple[Tensor, Tensor]:
-    """log p of each token of each answer, and which entries are tokens: [B, R] both, R the longest answer."""
+    """log p of each token of each answer, and which entries are tokens: [B, R] both, R the longest answer.
+
+    Of a large vocabulary a few rows at a time: 32 answers of 900 tokens have 4 billion logits under Qwen's.
+    """
     import torch
 
     from recipes.common.rlhf import pad, token_logprobs
@@ -71,8 +75,13 @@ def response_logprobs(
     (left, left_mask), (right, mask) = pad(prompts, fill, "left"), pad(answers, fill, "right")
     ids = torch.cat([left, right], dim=1).to(device)  # [B, P+R]
     attention = torch.cat([left_mask, mask], dim=1).to(device)
-    logits = response_logits(model, ids, attention, left.shape[1]).logits  # [B, R, V]
-    return token_logprobs(logits, right.to(device)), mask.to(device)
+    right, mask = right.to(device), mask.to(device)
+    at_once = max(1, LOGITS // (right.shape[1] * model.get_input_embeddings().num_embeddings))
+    parts = [
+        token_logprobs(response_logits(model, some, seen, left.shape[1]).logits, tokens)  # of [b, R, V]
+        for some, seen, tokens in zip(*(x.split(at_once) for x in (ids, attention, right)), strict=True)
+    ]
+    return torch.cat(parts), mask
 
 
 def distance(
@@ -210,12 +219,24 @@ def check_room(
 
 def save(trainer: Any, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
     """The model to model/; of a LoRA run the adapter to adapter/ and the merged model to model/."""
-    from recipes.common import sft, sharding
+    save_learned(trainer, tokenizer, run)
+    save_merged(trainer, tokenizer, run)
 
-    if not hasattr(trainer.model, "peft_config"):
+
+def save_learned(trainer: Any, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
+    """The model to model/; of a LoRA run the adapter to adapter/. The trainer's model stays as it is."""
+    from recipes.common import sft
+
+    if hasattr(trainer.model, "peft_config"):
+        run.save_model(trainer.model, tokenizer, folder="adapter")
+    else:
         sft.save(trainer, tokenizer, run)
-        return
-    run.save_model(trainer.model, tokenizer, folder="adapter")
-    if not sharding.sharded(trainer):
+
+
+def save_merged(trainer: Any, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
+    """Of a LoRA run, the merged model to model/; the trainer's model has no adapter afterwards, so this comes last."""
+    from recipes.common import sharding
+
+    if hasattr(trainer.model, "peft_config") and not sharding.sharded(trainer):
         whole = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         run.save_model(whole.merge_and_unload(), tokenizer)

@@ -98,17 +98,18 @@ def answer(
     """Sample an answer of at most `longest` tokens to each prompt, `at_once` at a time; rewards are 0 as yet."""
     import torch
 
-    from recipes.common.generation import generate_ids
+    from recipes.common.generation import generate_ids, stop_ids
 
-    stop, fill = models.tokenizer.eos_token_id, models.tokenizer.pad_token_id
+    fill = models.tokenizer.pad_token_id
+    stop = stop_ids(accelerator.unwrap_model(models.learner).policy, models.tokenizer)
     seconds: dict[str, float] = {}
     with timed(seconds, "rollout"):
         if models.engine is not None:
-            ids = answer_with_vllm(models.engine, prompts, longest, stop)  # type: ignore[arg-type]
+            ids = answer_with_vllm(models.engine, prompts, longest, stop)
         else:
             with whole_policy(models.learner, accelerator) as policy:
                 ids = generate_ids(
-                    policy, prompts, stop=[stop], pad=fill, max_new_tokens=longest, batch_size=at_once,  # type: ignore[list-item,arg-type]
+                    policy, prompts, stop=stop, pad=fill, max_new_tokens=longest, batch_size=at_once,  # type: ignore[arg-type]
                     temperature=1.0, seed=seed, bf16=args.bf16,
                 )  # fmt: skip
     device = accelerator.device
@@ -116,8 +117,8 @@ def answer(
         rows=rows,
         prompts=prompts,
         ids=ids,
-        texts=[models.tokenizer.decode(one[:-1] if one[-1] == stop else one) for one in ids],  # type: ignore[misc]
-        stopped=torch.tensor([one[-1] == stop for one in ids], device=device),
+        texts=[models.tokenizer.decode(one[:-1] if one[-1] in stop else one) for one in ids],  # type: ignore[misc]
+        stopped=torch.tensor([one[-1] in stop for one in ids], device=device),
         lengths=torch.tensor([float(len(one)) for one in ids], device=device),
         rewards=torch.zeros(len(ids), device=device),
         seconds=seconds,
@@ -151,12 +152,12 @@ def start_vllm(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, acce
     )
 
 
-def answer_with_vllm(engine: Any, prompts: list[list[int]], longest: int, stop: int) -> list[list[int]]:
+def answer_with_vllm(engine: Any, prompts: list[list[int]], longest: int, stop: list[int]) -> list[list[int]]:
     """The policy's answers by vLLM, once it has the policy's weights. Not the same ones when a run is resumed: a seed of a
     request's own would give all answers to a prompt the same tokens."""
     engine.sync_weights()
     engine.max_completion_length = longest
-    engine.generation_kwargs = {"stop_token_ids": [stop]}
+    engine.generation_kwargs = {"stop_token_ids": stop}
     return [list(ids) for ids in engine.generate(prompts=prompts, images=None, num_generations=1)[1]]
 
 

@@ -362,15 +362,18 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama and its kin call the functional form
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        # Llama and its kin keep a rate and call the functional form; OPT has four of them, and skips whole layers
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
 
 
 def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError where padding and the end of an answer are the same token."""
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+    from recipes.common.generation import turn_end
+
+    if tokenizer.pad_token_id in (tokenizer.eos_token_id, turn_end(tokenizer)[0]):
         raise UserError(
-            f"the tokenizer pads with its stop token {tokenizer.eos_token!r}: a score is read at the last token that "
+            f"the tokenizer pads with its stop token {tokenizer.pad_token!r}: a score is read at the last token that "
             "is not padding, so the stop would go unread; give a model.tokenizer that has a pad token of its own"
         )
 
@@ -420,6 +423,16 @@ def check_adapter_off(base: Sequence[nn.Parameter], adapted: nn.Module, bias: st
     check_frozen(base, adapted, f"lora.bias: {bias} makes weights of the model itself learn; use none")
 
 
+def check_fresh_adapter(kl: float) -> None:
+    """Raise UserError where a policy is `kl` nats an answer from its reference, itself without its adapter, before the first
+    step: the adapter starts as something (lora.init_lora_weights: false), or the model below was changed for it (pissa)."""
+    if abs(kl) > 1e-3:
+        raise UserError(
+            f"lora: a fresh adapter is {kl:.3g} nats away from the model without it, which is the reference: use an "
+            "initialisation that leaves the model as it is (lora.init_lora_weights: true)"
+        )
+
+
 class Told(NamedTuple):
     """What policy and critic say of N answers."""
 
@@ -454,13 +467,19 @@ class ActorCritic(nn.Module):
         """The policy's; DeepSpeed and our preflight look for it."""
         return self.policy.config
 
-    def forward(self, rows: Rows, with_entropy: bool = False, text: Tensor | None = None) -> Told:
-        """Log-probabilities and values of N = B K answers, [N, R]; `text` [T, S] goes through the same forward, as DDP wants it."""
+    def forward(
+        self, rows: Rows, with_entropy: bool = False, text: Tensor | None = None, critic_only: bool = False
+    ) -> Told:
+        """Log-probabilities and values of N = B K answers, [N, R]; `text` [T, S] goes through the same forward, as DDP wants it.
+
+        `critic_only`: what a critic learns moves its own weights alone, not the policy's that its head stands on.
+        """
         out, logprobs, entropy = answers_told(
             self.policy, rows, with_entropy, output_hidden_states=self.critic is None
         )  # [B, K, R]
         if self.critic is None:
             states = at_columns(out.hidden_states[-1], rows.before)  # [B, K, R, H]
+            states = states.detach() if critic_only else states
             with torch.autocast(states.device.type, enabled=False):
                 # DeepSpeed in 16 bits has the head in them too
                 values = F.linear(states.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)

@@ -101,6 +101,74 @@ def check_kernel(config: Any) -> None:
         )
 
 
+# Layers in which a token takes in what the mask lets it look at, and nothing else.
+ATTENTION = {"full_attention", "attention", "sliding_attention", "chunked_attention"}
+
+
+def check_apart(model: Any) -> None:
+    """Raise UserError for a model in which an answer is not what it would be alone: attention is told by a mask what not to
+    look at, a recurrence or a convolution runs over all that stands in the row.
+
+    What the config tells comes first; then the model itself is asked, about a row of two short answers and each alone. Not
+    where no process holds its weights.
+    """
+    import inspect
+
+    import torch
+
+    from recipes.common.generation import inference
+    from recipes.common.sharding import launched_with
+
+    check_kernel(model.config)
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not kinds and takes_positions:
+        weights = list(model.parameters())
+        if launched_with() == "FSDP" or any(weight.is_meta or hasattr(weight, "ds_id") for weight in weights):
+            return
+        prompts, answers = [[3, 4, 5, 6, 7], [8, 9]], [[[10, 11], [12, 13, 14]], [[15, 16, 17], [18, 19]]]
+        rows = Rows(*(field.to(model.device) for field in share(prompts, answers, 0)))
+        with inference(model):
+            mask = attention_mask(rows.branch, model.config)
+            asked = {"use_cache": False, "output_hidden_states": True}
+            told = model(rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, **asked)
+            states = at_columns(told.hidden_states[-1], rows.at).float()  # [B, K, R, H]
+            alone = torch.zeros_like(states)
+            for b, prompt in enumerate(prompts):
+                for k, answer in enumerate(answers[b]):
+                    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+                    alone[b, k, : len(answer)] = model(ids, **asked).hidden_states[-1][0, len(prompt) :]
+        states = states * rows.mask[..., None]
+        if (states - alone).norm() < (1e-3 if model.dtype == torch.float32 else 0.1) * alone.norm():
+            return
+    why = f"its layers are {', '.join(sorted(kinds))}" if kinds else "its positions cannot be given"
+    if not kinds and takes_positions:
+        why = "two short answers in one row come out otherwise than each alone"
+    raise UserError(
+        f"model.name: {type(model).__name__} does not keep the answers to one prompt apart, which are read in one row ({why}): "
+        "give a model of full attention with positions of its own, such as Llama, Qwen2.5 or GPT-2"
+    )
+
+
+def check_window(config: Any, longest: int) -> None:
+    """Raise UserError where a model's layers look back less far than a row of `longest` tokens is long: the mask of a shared
+    row takes the window's place."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windows = {
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+        "local": getattr(config, "window_size", None) if "local" in getattr(config, "attention_layers", ()) else None,
+    }
+    bites = [size for kind, size in windows.items() if size and (kinds is None or kind in kinds) and size < longest]
+    if bites:
+        raise UserError(
+            f"model.name: layers of this model look back {min(bites)} tokens, and a prompt with its answers is a row of up to "
+            f"{longest}, in which they would see all of it: take shorter prompts or answers, fewer answers to a prompt, or a "
+            "model of full attention"
+        )
+
+
 def attention_mask(branch: Tensor, config: Any) -> Tensor:
     """`visible`, [B, 1, L, L], in the form that the attention of a model with this config takes: "sdpa" a boolean,
     "eager" what is added to the scores. Raises UserError as `check_kernel`."""

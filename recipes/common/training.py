@@ -430,6 +430,15 @@ def make_accelerator(args: TrainingArguments, **options: Any) -> Accelerator:
         "eval_strategy": (args.eval_strategy, "no", "this recipe measures before the first step and after the last"),
         "save_strategy": (args.save_strategy, "steps", "it saves every training.save_steps, so that it can be resumed"),
         "report_to": (",".join(args.report_to or ()), "", "its figures are in metrics.jsonl"),
+        "torch_compile": (args.torch_compile, False, "every batch has another shape"),
+        "neftune_noise_alpha": (args.neftune_noise_alpha, None, "nothing adds noise to its embeddings"),
+        "label_smoothing_factor": (args.label_smoothing_factor, 0.0, "its loss has no labels to smooth"),
+        "data_seed": (args.data_seed, None, "training.seed decides the order of the rows"),
+        "per_device_eval_batch_size": (
+            args.per_device_eval_batch_size,
+            8,
+            "evaluation.batch_size is what it measures with",
+        ),
     }
     if problems := [
         f"training.{key}: {getattr(value, 'value', value)} has no say in a loop without a Trainer: {why}; leave it out"

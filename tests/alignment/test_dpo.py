@@ -149,7 +149,7 @@ def test_pairs_that_are_too_long_are_left_out_not_cut(tiny, tmp_path):
 def test_answers_that_the_template_makes_one_are_refused_with_their_row(tiny, tmp_path):
     setup = Setup(tiny, tmp_path)
     setup.tokenizer.chat_template = setup.tokenizer.chat_template.replace("{{- content", "{{- content|trim")
-    pair = {"row": 7, "prompt": [{"role": "user", "content": "Is it?"}], "chosen": "k", "rejected": "k "}
+    pair = {"row": 7, "prompt": [{"role": "user", "content": "Is it?"}], "chosen": "k", "rejected": "k ", "ended": True}
     with pytest.raises(UserError, match=r"row 7 \('Is it\?'\): chosen equals rejected"):
         dpo.encode([*setup.pairs, pair], setup.tokenizer, setup.policy, setup.config, setup.run)
 
@@ -285,12 +285,14 @@ CHECKABLE = [
 
 
 def own(monkeypatch, tiny, tmp_path, answers, **knobs):
+    """The comparisons of these answers; "c..." is a "c" that was cut."""
     from recipes.common import own_answers
 
     setup = Setup(tiny, tmp_path)
     for name, value in knobs.items():
         setattr(setup.config.dpo, name, value)
-    monkeypatch.setattr(own_answers, "sample_answers", lambda *_, **__: answers)
+    written = [[own_answers.Answer(t.removesuffix("..."), not t.endswith("...")) for t in some] for some in answers]
+    monkeypatch.setattr(own_answers, "sample_answers", lambda *_, **__: written)
     return dpo.rank_own(CHECKABLE, setup.policy, setup.tokenizer, setup.config, setup.run)
 
 
@@ -316,7 +318,7 @@ def test_a_reward_models_best_and_worst_are_compared(monkeypatch, tiny, tmp_path
 
     monkeypatch.setattr(own_answers, "load_reward_model", lambda *_: Judge())
     monkeypatch.setattr(
-        own_answers, "reward_scores", lambda _, __, rows, answers, *a, **k: [list(map(ord, s)) for s in answers]
+        own_answers, "reward_scores", lambda _, __, rows, answers, *a, **k: [[ord(a.text) for a in s] for s in answers]
     )
     answers = [["c", "k", "f"], ["q"], ["b", "a"]]
     found = own(monkeypatch, tiny, tmp_path, answers, candidates="sampled", judge="some/model")
@@ -324,6 +326,29 @@ def test_a_reward_models_best_and_worst_are_compared(monkeypatch, tiny, tmp_path
     assert all(row["ranks"][0] == 0 < row["ranks"][1] for row in found)
     both = own(monkeypatch, tiny, tmp_path, answers, candidates="both", judge="some/model")  # the data's best: k
     assert [row["completions"] for row in both] == [["k", "c"], ["q", "k"], ["k", "a"]]
+
+
+def test_an_answer_that_was_cut_is_never_the_better_one_and_gets_no_stop_token(monkeypatch, tiny, tmp_path):
+    (found,) = own(monkeypatch, tiny, tmp_path, [["k...", "k", "c..."], ["k...", "c"], ["k..."]], candidates="sampled")
+    assert (found["completions"], found["ranks"]) == (["k", "k", "c"], [1.0, 0.0, 1.0])
+    assert found["ended"] == [False, True, False]
+    setup = Setup(tiny, tmp_path)
+    pairs = dpo.pairs_of([found], None, 0)
+    pairs = dpo.encode(pairs, setup.tokenizer, setup.policy, setup.config, setup.run)
+    k, c, stop = (setup.tokenizer.convert_tokens_to_ids(token) for token in ("k", "c", "<|end|>"))
+    assert [(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs] == [([k, stop], [k]), ([k, stop], [c])]
+
+
+def test_a_reward_models_favourite_is_its_favourite_of_those_that_ended(monkeypatch, tiny, tmp_path):
+    from recipes.common import own_answers
+
+    monkeypatch.setattr(own_answers, "load_reward_model", lambda *_: torch.nn.Module())
+    monkeypatch.setattr(
+        own_answers, "reward_scores", lambda _, __, rows, answers, *a, **k: [[ord(a.text) for a in s] for s in answers]
+    )
+    answers = [["q...", "k", "f"], ["c", "k..."], ["b...", "a..."]]
+    (found,) = own(monkeypatch, tiny, tmp_path, answers, candidates="sampled", judge="some/model")
+    assert (found["completions"], found["ended"]) == (["k", "f"], [True, True])
 
 
 def test_the_held_out_loss_is_the_one_that_was_trained_with():
@@ -384,6 +409,16 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tiny
         torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(("more", "kept"), [({}, "model"), ({"lora__r": 2, "lora__lora_alpha": 2}, "adapter")])
+def test_what_was_learned_is_saved_before_it_is_measured(more, kept, tiny, preferences, tmp_path, monkeypatch):
+    def fails(*_):
+        raise UserError("no memory for the figures")
+
+    monkeypatch.setattr(dpo, "judge_pairs", fails)
+    assert run(tiny, preferences, tmp_path, training__max_steps=1, **more) == 2
+    assert list((tmp_path / "dpo" / "default" / kept).glob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_an_adapter_is_saved_beside_the_merged_model(tiny, preferences, tmp_path):
     from peft import PeftModel
@@ -442,6 +477,8 @@ def test_a_prompt_longer_than_the_context_is_refused_by_its_row(tiny, tmp_path, 
         ({"training__loss_type": "[sigmod]"}, "no loss is called sigmod"),
         ({"training__padding_free": "true"}, "training.padding_free"),
         ({"dpo__candidates": "sampled"}, "no checker"),
+        ({"lora__init_lora_weights": "false", "lora__lora_alpha": 64}, "lora.init_lora_weights"),
+        ({"lora__init_lora_weights": "pissa"}, "lora.init_lora_weights"),
         ({"lora__target_modules": "[qproj]"}, "lora.target_modules: nothing in LlamaForCausalLM is called qproj"),
         ({"model__name": "null", "model__config": "{model_type: llama}"}, "model.name"),
     ],

@@ -79,7 +79,7 @@ def trainer_of(tiny: Path, folder: Path, reward: Any, own_pad: bool = True, **tr
     asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"] + "!" * i}]} for i, row in enumerate(rows(8))]
     data = Dataset.from_list(asked)
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    wrapped = grpo.as_trl(reward, "mine", tokenizer)
+    wrapped = grpo.as_trl(grpo.of_texts(reward), "mine", tokenizer, [tokenizer.eos_token_id])
     trainer = GRPOTrainer(model, wrapped, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -102,7 +102,7 @@ def test_a_reward_is_shown_the_rows_fields_and_the_answer_as_it_was_written(tiny
         seen.append((list(answers), [row["shade"] for row in rows]))
         return tasks(answers, rows)
 
-    reward = grpo.as_trl(spy, "a:b", tokenizer)
+    reward = grpo.as_trl(grpo.of_texts(spy), "a:b", tokenizer, [stop])
     told: dict[str, float] = {}
     values = reward(
         prompts=["p"] * 4,
@@ -116,32 +116,36 @@ def test_a_reward_is_shown_the_rows_fields_and_the_answer_as_it_was_written(tiny
     assert values == [1.0, 0.0, 1.0, 0.0]
     assert told == {"true_score": 0.5}
     assert reward.__name__ == "a.b" and len(reward.latest) == 4
+    learned = grpo.as_trl(lambda answers, rows: [float(answer.ended) for answer in answers], "c", tokenizer, [stop])
+    assert learned(["p"] * 2, None, completion_ids=[[k, stop], [k, k]]) == [1.0, 0.0]
 
 
 def test_an_answer_that_does_not_end_loses_the_penalty_once_however_many_rewards_there_are(tiny, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
+    k, stop, other = (tokenizer.convert_tokens_to_ids(t) for t in ("k", "<|end|>", "<|tool|>"))
     config = SimpleNamespace(
         grpo=grpo.GRPO(rewards=["tasks", "tasks"], missing_stop_penalty=0.5),
         training=SimpleNamespace(reward_weights=[0.25, 0.75]),
     )
-    rewards = grpo.load_rewards(config, ["task", "answer"], tokenizer, RunFolder(tmp_path, recipe="grpo"))
-    k, stop = (tokenizer.convert_tokens_to_ids(t) for t in ("k", "<|end|>"))
-    asked = {"prompts": ["p"] * 3, "completions": ["k"] * 3, "completion_ids": [[k, stop], [k], []]}
-    told = [one(**asked, task=["echo"] * 3, answer=["k"] * 3) for one in rewards]
+    rewards = grpo.load_rewards(
+        config, ["task", "answer"], tokenizer, [stop, other], RunFolder(tmp_path, recipe="grpo")
+    )
+    asked = {"prompts": ["p"] * 4, "completions": ["k"] * 4, "completion_ids": [[k, stop], [k, other], [k], []]}
+    told = [one(**asked, task=["echo"] * 4, answer=["k"] * 4) for one in rewards]
     totals = [
         sum(w * value for w, value in zip(config.training.reward_weights, values, strict=True))
         for values in zip(*told, strict=True)
     ]
-    assert totals == [1.0, 0.5, -0.5]
+    assert totals == [1.0, 1.0, 0.5, -0.5]
     assert [one.__name__ for one in rewards] == ["tasks", "tasks", "missing_stop"]
 
 
 def test_as_many_weights_as_rewards(tiny, tmp_path):
     config = SimpleNamespace(grpo=grpo.GRPO(rewards=["tasks"]), training=SimpleNamespace(reward_weights=[0.25, 0.75]))
     with pytest.raises(UserError, match=r"training\.reward_weights: 2 weights for 1 grpo\.rewards"):
-        grpo.load_rewards(config, ["task", "answer"], None, RunFolder(tmp_path, recipe="grpo"))
+        grpo.load_rewards(config, ["task", "answer"], None, [], RunFolder(tmp_path, recipe="grpo"))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ def test_as_many_weights_as_rewards(tiny, tmp_path):
 def test_what_a_reward_must_not_give_is_refused(tiny, told, said):
     from transformers import AutoTokenizer
 
-    reward = grpo.as_trl(lambda answers, rows: told, "a:b", AutoTokenizer.from_pretrained(tiny))
+    reward = grpo.as_trl(lambda answers, rows: told, "a:b", AutoTokenizer.from_pretrained(tiny), [1])
     with pytest.raises(UserError, match=rf"grpo.rewards: a:b: it gave .*{said}"):
         reward(prompts=["p"] * 2, completions=["k"] * 2, completion_ids=[[5], [6]])
 
@@ -165,13 +169,13 @@ def test_what_a_reward_must_not_give_is_refused(tiny, told, said):
 def test_a_reward_model_that_gives_no_number_is_refused(tiny):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from recipes.common.own_answers import reward_scores
+    from recipes.common.own_answers import Answer, reward_scores
 
     judge = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
     judge.score.weight.data.fill_(float("nan"))
     asked = [{"prompt": [{"role": "user", "content": "Is it?"}]}]
     with pytest.raises(UserError, match="the reward model: it gave an answer the score nan"):
-        reward_scores(judge, AutoTokenizer.from_pretrained(tiny), asked, [["k", "c"]], 4)
+        reward_scores(judge, AutoTokenizer.from_pretrained(tiny), asked, [[Answer("k"), Answer("c")]], 4)
 
 
 def test_the_rows_fields_reach_it_through_trl(tiny, tmp_path):
@@ -367,6 +371,8 @@ def test_an_adapter_learns_too(tiny, questions, tmp_path):
         ({"training__num_generations": 5}, "divisible by num_generations"),
         ({"training__use_vllm": "true"}, "vllm is not installed"),
         ({"model__name": "null", "model__config": "{model_type: llama}"}, "model.name"),
+        ({"lora__init_lora_weights": "false", "lora__lora_alpha": 64}, "lora.init_lora_weights"),
+        ({"lora__init_lora_weights": "pissa"}, "lora.init_lora_weights"),
         ({"lora__target_modules": "[qproj]"}, "lora.target_modules: nothing in LlamaForCausalLM is called qproj"),
     ],
 )

@@ -139,6 +139,24 @@ def test_answers_that_cannot_be_compared_or_dealt_out_are_refused(
     assert not (tmp_path / "ppo" / "default").exists()
 
 
+def test_gradient_checkpointing_is_at_work_in_an_update(tiny, judge, preferences, tmp_path, monkeypatch):
+    """transformers checkpoints a layer in training mode alone, and what `from_pretrained` gives is in evaluation mode."""
+    from transformers import modeling_utils
+
+    plain, seen = modeling_utils.checkpoint, []
+
+    def checkpoint(layer, *given, **more):
+        seen.append(torch.is_grad_enabled())
+        return plain(layer, *given, **more)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
+    short = {"ppo__rollouts": 32, "ppo__epochs": 1, "training__max_steps": 1, "evaluation__max_samples": 4}
+    assert run(tiny, judge, preferences, tmp_path, training__gradient_checkpointing="true", **short) == 0
+    assert sum(seen) == 4  # two layers of the policy, two of the critic, one micro-batch
+    metrics = (tmp_path / "ppo" / "default" / "metrics.jsonl").read_text().splitlines()
+    assert [row["ratio_error"] for row in map(json.loads, metrics) if "ratio_error" in row] == [0.0]
+
+
 def test_policy_loads_as_a_plain_causal_model_without_value_head(trained, tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -412,7 +430,16 @@ FUNCTION = {"ppo__reward_model": "null", "ppo__reward_function": "tests.alignmen
         ({"ppo__engine": "vllm"}, "ppo.engine: vllm is not installed"),
         ({"lora__target_modules": "[q_pro]"}, "did you mean q_proj"),
         ({"lora__init_lora_weights": "false", "lora__lora_alpha": 4}, "lora.init_lora_weights"),
+        ({"lora__init_lora_weights": "pissa", "lora__lora_alpha": 4}, "lora.init_lora_weights"),
         ({"model__attention": "flex_attention"}, "use sdpa, or eager"),
+        ({"ppo__gamma": 1.01}, "ppo.gamma"),
+        ({"ppo__lam": 95}, "ppo.lam"),
+        ({"lora__lora_dropout": 0.1}, "lora.lora_dropout: 0.1 has no say here"),
+        ({"training__data_seed": 1}, "training.data_seed: 1 has no say"),
+        ({"training__torch_compile": "true"}, "training.torch_compile: True has no say"),
+        ({"training__neftune_noise_alpha": 5}, "training.neftune_noise_alpha: 5.0 has no say"),
+        ({"training__label_smoothing_factor": 0.1}, "training.label_smoothing_factor: 0.1 has no say"),
+        ({"training__per_device_eval_batch_size": 4}, "training.per_device_eval_batch_size: 4 has no say"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more, said, tiny, judge, preferences, tmp_path, capsys):

@@ -301,13 +301,15 @@ def test_plain_text_adds_its_own_gradient_times_the_coefficient(tiny, judge, mic
     assert told == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_while_the_critic_warms_up_nothing_moves_the_policy(tiny, judge):
-    setup = Setup(tiny, judge, pretraining_coefficient=1.0, entropy_coefficient=1.0)
-    before = {name: weights_of(model) for name, model in (("policy", setup.policy), ("critic", setup.model.critic))}
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_while_the_critic_warms_up_nothing_moves_the_policy(tiny, judge, critic):
+    setup = Setup(tiny, judge, critic=critic, pretraining_coefficient=1.0, entropy_coefficient=1.0)
+    learns = setup.model.critic if critic == "separate" else setup.model.head
+    before = {name: weights_of(model) for name, model in (("policy", setup.policy), ("critic", learns))}
     text = torch.randint(5, 200, (32, 12))
     assert "text_loss" not in setup.update(setup.collect(), text=text, critic_only=True)
     assert torch.equal(weights_of(setup.policy), before["policy"])
-    assert not torch.equal(weights_of(setup.model.critic), before["critic"])
+    assert not torch.equal(weights_of(learns), before["critic"])
 
 
 # ---------------------------------------------------------------- a LoRA policy

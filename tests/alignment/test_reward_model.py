@@ -207,12 +207,18 @@ def test_the_models_own_mistakes_join_the_given_answers_or_stand_alone_below_the
     config = reward_model.Config(Model(name=str(tiny)), Data(), reward_model.Reward(), arguments, Evaluation(), Run())
     run_folder, tokenizer = RunFolder(tmp_path / "run", recipe="reward_model"), AutoTokenizer.from_pretrained(tiny)
 
+    def written(answers):  # "..." was cut
+        return [
+            [own_answers.Answer(text.removesuffix("..."), not text.endswith("...")) for text in some]
+            for some in answers
+        ]
+
     def made(answers, *, beside_given):
-        monkeypatch.setattr(own_answers, "sample_answers", lambda *_, **__: answers)
+        monkeypatch.setattr(own_answers, "sample_answers", lambda *_, **__: written(answers))
         found = reward_model.sample_candidates(rows, tokenizer, config, run_folder, beside_given=beside_given)
         return [(row["completions"], row["ranks"]) for row in found]
 
-    answers = [["c", "k", "c", "", "q"], ["k", "k"]]  # twice, right, empty; and all right
+    answers = [["c", "k", "c", "", "q", "f..."], ["k", "k"]]  # twice, right, empty, cut; and all right
     assert made(answers, beside_given=False) == [(["k", "c", "q"], [0, 1, 1])]
     assert made(answers, beside_given=True) == [(["k", "f", "c", "q"], [0, 2, 1, 1]), (["k", "f"], [0, 2])]
     with pytest.raises(UserError, match="answered every sampled prompt right"):
@@ -529,6 +535,38 @@ def test_answers_beyond_the_models_positions_are_left_out(tiny, preferences, tmp
     assert "longer than 128 tokens" in capsys.readouterr().out  # reward.max_length is 256
 
 
+def saved_as(folder: Path, tiny: Path, config: object) -> Path:
+    """A model of this config and the size of the tiny tokenizer, saved with that tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = ("pad_token_id", tokenizer.pad_token_id), ("eos_token_id", tokenizer.eos_token_id), ("bos_token_id", None)
+    for name, value in (("vocab_size", len(tokenizer)), *ids):
+        setattr(config, name, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_learned_positions_trains_and_is_saved(tiny, preferences, tmp_path):
+    """GPT-2 counts positions from a row's first column, padding or not, unless it is told where its tokens stand."""
+    from transformers import GPT2Config
+
+    gpt2 = saved_as(tmp_path / "gpt2", tiny, GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    assert run(gpt2, preferences, tmp_path, training__max_steps=2) == 0
+
+
+def test_a_window_shorter_than_a_prompt_with_its_answers_is_refused(tiny, preferences, tmp_path, capsys):
+    from transformers import MistralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, num_key_value_heads=2, max_position_embeddings=128, sliding_window=8)
+    mistral = saved_as(tmp_path / "mistral", tiny, config)
+    assert run(mistral, preferences, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "look back 8 tokens" in error and "Traceback" not in error
+
+
 def test_a_model_without_a_pad_token_of_its_own_is_refused(tiny, preferences, tmp_path, capsys):
     """Its stop token would fill the batch, and `from_pretrained` would read the score before it."""
     import shutil
@@ -544,6 +582,26 @@ def test_a_model_without_a_pad_token_of_its_own_is_refused(tiny, preferences, tm
     assert run(other, preferences, tmp_path) == 2
     error = capsys.readouterr().err
     assert "stop token" in error and "model.tokenizer" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("more", [{"training__label_smoothing_factor": 0.1}, {"training__data_seed": 1}])
+def test_keys_that_only_the_librarys_own_loss_and_order_read_are_refused(more, tiny, preferences, tmp_path, capsys):
+    assert run(tiny, preferences, tmp_path, **more) == 2
+    (key,) = more
+    error = capsys.readouterr().err
+    assert f"{key.replace('__', '.')}: " in error and "has no say here" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("coefficient", ["language", "likelihood"])
+def test_a_head_that_caps_its_logits_has_no_likelihood_to_give(coefficient, tiny, preferences, tmp_path, capsys):
+    from transformers import Gemma2Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
+    gemma = saved_as(tmp_path / "gemma", tiny, config)
+    assert run(gemma, preferences, tmp_path, **{f"reward__{coefficient}_coefficient": 0.1}) == 2
+    error = capsys.readouterr().err
+    assert f"reward.{coefficient}_coefficient" in error and "scales or caps" in error and "Traceback" not in error
 
 
 def test_a_limit_that_leaves_nothing_is_refused(tiny, preferences, tmp_path, capsys):

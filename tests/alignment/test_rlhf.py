@@ -398,3 +398,22 @@ def test_as_a_reward_only_k1_pulls_towards_the_reference(kind, share):
     penalty = rlhf.kl_estimate(logprobs, others, kind).detach()
     (gradient,) = torch.autograd.grad((logprobs.exp().detach() * penalty * logprobs).sum(), logits)
     assert (gradient @ true / (true @ true)).item() == pytest.approx(share, abs=0.1)
+
+
+def test_without_dropout_training_mode_computes_what_evaluation_mode_does():
+    """OPT keeps its rates as numbers: of attention, of what follows it, and of whole layers."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    model = OPTForCausalLM(OPTConfig(vocab_size=40, dropout=0.5, attention_dropout=0.5, layerdrop=0.5, **sizes))
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        rlhf.disable_dropout(model)
+        assert torch.equal(model.train()(input_ids=ids).logits, expected)

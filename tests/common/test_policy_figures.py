@@ -73,6 +73,20 @@ def test_the_distance_is_that_of_each_answer_alone(monkeypatch: pytest.MonkeyPat
     assert told["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.15)
 
 
+def test_of_a_large_vocabulary_a_few_rows_at_a_time_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    prompts, answers = [[5, 6], [7], [8, 9, 10]], [[20, 21, 22], [23], [24, 25]]
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda *of: seen.append(of[-1].numel()))
+    with torch.no_grad():
+        at_once, _ = policy_figures.response_logprobs(model, prompts, answers, 0)
+        monkeypatch.setattr(policy_figures, "LOGITS", 7 * len(tokenizer))  # of an answer's 3 tokens: two answers
+        parted, mask = policy_figures.response_logprobs(model, prompts, answers, 0)
+    assert seen == [rows * 3 * len(tokenizer) for rows in (3, 2, 1)]
+    torch.testing.assert_close(parted * mask, at_once * mask, atol=1e-6, rtol=1e-6)
+
+
 def test_without_its_adapter_a_policy_is_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -120,11 +134,21 @@ def test_every_row_gets_its_own_answers_the_same_for_a_seed() -> None:
     told = own_answers.sample_answers(model, tokenizer, ROWS, 3, EVALUATION, seed=5)
     assert [len(some) for some in told] == [3] * 5
     assert told == own_answers.sample_answers(model, tokenizer, ROWS, 3, EVALUATION, seed=5)
-    assert len({text for some in told for text in some}) > 5
+    assert len({answer.text for some in told for answer in some}) > 5
+
+
+def test_whether_an_answer_ended_is_told_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.common import generation
+
+    tokenizer = make_tokenizer()
+    a, stop = tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id
+    monkeypatch.setattr(generation, "generate_ids", lambda *_, **__: [[a, stop], [a, a]])
+    told = own_answers.sample_answers(make_model(tokenizer), tokenizer, ROWS[:1], 2, EVALUATION)
+    assert told == [[("a", True), ("aa", False)]]
 
 
 def test_the_checker_scores_and_refuses_rows_without_one() -> None:
-    assert own_answers.checker_scores(ROWS[:1], [["?", "!"]]) == [[1.0, 0.0]]
+    assert own_answers.checker_scores(ROWS[:1], [list(map(own_answers.Answer, "?!"))]) == [[1.0, 0.0]]
     with pytest.raises(UserError, match="no checker"):
         own_answers.checker_scores([{"prompt": []}], [["?"]])
 
@@ -139,10 +163,16 @@ def test_a_reward_model_scores_what_it_would_score_alone() -> None:
     judge = AutoModelForSequenceClassification.from_config(config).eval()
     judge.config.reward_mean, judge.config.reward_std = 2.0, 0.5
     answers = [["a", "bcd"], ["efghi"], [], ["j", "k", "lm"], ["n"]]
-    told = own_answers.reward_scores(judge, tokenizer, ROWS, answers, batch_size=2)
+    written = [[own_answers.Answer(text, text != "n") for text in some] for some in answers]  # "n" was cut
+    told = own_answers.reward_scores(judge, tokenizer, ROWS, written, batch_size=2)
     assert [len(some) for some in told] == [2, 1, 0, 3, 1]
     messages = [*ROWS[3]["prompt"], {"role": "assistant", "content": "lm"}]
     ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=False)])
     with torch.no_grad():
         alone = judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
     assert told[3][2] == pytest.approx((alone - 2.0) / 0.5, abs=1e-4)
+    prompt = tokenizer.apply_chat_template(ROWS[4]["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = torch.tensor([[*prompt, *tokenizer("n")["input_ids"]]])  # and gets no stop token
+    with torch.no_grad():
+        alone = judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+    assert told[4][0] == pytest.approx((alone - 2.0) / 0.5, abs=1e-4)

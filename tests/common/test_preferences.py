@@ -73,6 +73,7 @@ def test_words_baseline_learns_words_and_neither_their_order_nor_the_prompt():
     assert figures_of.words_baseline(train, rows("yes", "no", 4)) == 1
     assert figures_of.words_baseline(train, rows("5", "4", 4)) == 0
     assert figures_of.words_baseline(train, rows("1 2 3", "3 2 1", 4)) == 0.5
+    assert figures_of.words_baseline(rows("good", "bad", 1), rows("good", "bad", 1)) == 1  # one pair is enough
     assert figures_of.words_baseline(rows("1 2", "2 1", 5), rows("1 2", "2 1", 5)) == 0.5
     assert (
         figures_of.words_baseline(rows("tea", "eat", 5), rows("Tea!", "Eat!", 5)) == 1

@@ -7,7 +7,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.common.errors import UserError
-from recipes.common.shared_prompts import at_columns, attention_mask, batches, share, take, visible
+from recipes.common.shared_prompts import (
+    at_columns,
+    attention_mask,
+    batches,
+    check_apart,
+    check_window,
+    share,
+    take,
+    visible,
+)
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 ANSWERS = [[[20, 21], [22, 23, 24]], [[25, 26, 27, 28]]]
@@ -82,6 +91,49 @@ def test_a_kernel_that_takes_no_mask_is_refused():
     config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="sdpa, or eager"):
         attention_mask(torch.zeros(1, 2, dtype=torch.long), config)
+
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        ("Llama", {}, None),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": 8}, None),  # the window is check_window's to refuse
+        ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}, None),
+        ("GPTNeoX", {}, None),
+        ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32, "intermediate_size": None}, None),
+        ("Lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "its layers are conv"),
+        ("Bloom", {"intermediate_size": None}, "its positions cannot be given"),
+        ("RecurrentGemma", {"num_hidden_layers": 3, "lru_width": 32}, "come out otherwise than each alone"),
+    ],
+)
+def test_a_model_that_does_not_keep_answers_apart_is_refused(kind, more, why):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {name: size for name, size in {**SIZES, **more}.items() if size is not None}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    if why is None:
+        check_apart(model)
+        return
+    with pytest.raises(UserError, match=why):
+        check_apart(model)
+
+
+def test_a_window_shorter_than_the_row_is_refused():
+    from transformers import Gemma2Config, GPTNeoConfig, MistralConfig, Qwen2Config
+
+    for config in (MistralConfig(sliding_window=8), Gemma2Config(sliding_window=8), GPTNeoConfig(window_size=8)):
+        check_window(config, 8)
+        with pytest.raises(UserError, match=r"look back 8 tokens, and .* a row of up to 9"):
+            check_window(config, 9)
+    for config in (LlamaConfig(), Qwen2Config(sliding_window=8), GPTNeoConfig(attention_types=[[["global"], 24]])):
+        check_window(config, 1000)  # Qwen2.5 names a window that it does not use
 
 
 def test_nothing_is_no_answer():
