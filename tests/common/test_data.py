@@ -147,7 +147,10 @@ def test_blank_texts_are_left_out_and_counted(tmp_path, capsys):
         (["train.jsonl", "test.jsonl"], {"train": 10, "validation": 10}),
         (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl"], {"train": 20, "validation": 10}),
         (["train/a.jsonl", "train/b.jsonl", "val/a.jsonl"], {"train": 20, "validation": 10}),
-        (["train-00000-of-00001-a09b74b3.jsonl", "test-00000-of-00001-6e925c6d.jsonl"], {"train": 10, "validation": 10}),
+        (
+            ["train-00000-of-00001-a09b74b3.jsonl", "test-00000-of-00001-6e925c6d.jsonl"],
+            {"train": 10, "validation": 10},
+        ),
         (["gsm_train.jsonl", "gsm_test.jsonl.gz"], {"train": 10, "validation": 10}),
         (["train_sft.jsonl", "train_gen.jsonl", "test_sft.jsonl"], {"train": 20, "validation": 10}),
         (["train_sft/0.jsonl", "test_sft/0.jsonl"], {"train": 10, "validation": 10}),
