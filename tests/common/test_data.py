@@ -362,11 +362,17 @@ def test_image_folder_with_captions(tmp_path, own_cache):
 
 
 def test_bad_images_are_named(tmp_path, own_cache):
+    from PIL import Image
+
     _image(tmp_path / "a" / "x.png", 1)
     (tmp_path / "a" / "y.png").write_bytes(b"hello")
     (tmp_path / "a" / "z.png").touch()
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a" / "cut.png")
+    whole = (tmp_path / "a" / "cut.png").read_bytes()
+    (tmp_path / "a" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is there
     found = problems("image", name=str(tmp_path))
-    assert "y.png is not an image" in found[0] and "z.png is empty" in found[1] and "2 of 3 images" in found[2]
+    assert "cut.png is not a whole image: image file is truncated" in found[0]
+    assert "y.png is not a whole image" in found[1] and "z.png is empty" in found[2] and "3 of 4 images" in found[3]
 
 
 def test_bad_images_are_skipped_counted_and_listed(tmp_path, own_cache, capsys):
@@ -379,7 +385,7 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path, own_cache, capsys):
     assert sorted(shades) == [20, 30, 40, 50]
     said = capsys.readouterr().out
     assert "skipped 2 of 6 images (data.on_bad_row: skip)" in said
-    assert "0.png is not an image" in said and "1.png is empty" in said
+    assert "0.png is not a whole image" in said and "1.png is empty" in said
 
 
 def test_a_folder_of_bad_images_only(tmp_path, own_cache):
