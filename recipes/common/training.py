@@ -86,11 +86,11 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
             "training.save_total_limit: 1 leaves no whole checkpoint where a run is killed while it writes one: at least 2, or "
             "null to keep all"
         )
-    for key, known in MAPPINGS.items():
+    for key, keys in MAPPINGS.items():
         names = list(given[key]) if isinstance(given.get(key), dict) else []
-        unknown = [name for name in names if str(name).removeprefix("fsdp_") not in known]
+        unknown = [name for name in names if str(name).removeprefix("fsdp_") not in keys]
         problems += [
-            f"training.{key}: there is no {name}{nearest(str(name), known)} ({', '.join(known)})" for name in unknown
+            f"training.{key}: there is no {name}{nearest(str(name), keys)} ({', '.join(keys)})" for name in unknown
         ]
     if given.get("push_to_hub"):
         problems.append(
@@ -434,7 +434,7 @@ def _frame_callback() -> type:
         def _look_before_saving(self, state: Any, control: Any) -> None:
             if control.should_save:
                 control.should_log = True
-                stop_at_bad_weights([self.trainer.model], state.global_step, self.run)
+                stop_at_bad_weights([cast("nn.Module", self.trainer.model)], state.global_step, self.run)
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs: dict[str, Any] = kwargs["logs"]
