@@ -1,4 +1,5 @@
-# Sourced by the launch files beside it, in the repository's root: RECIPE CONFIG LAUNCH -> $script, $config, ${settings[@]}.
+# Sourced by the launch files beside it, in the repository's root: RECIPE CONFIG LAUNCH -> $script, $config, ${settings[@]}; and
+# the options of a job that was put back -> ${words[@]}, of one that goes on.
 # shellcheck shell=bash
 
 # A launcher that is told to stop waits this long for its processes, which write a checkpoint first.
@@ -27,4 +28,18 @@ resolve() {
     [[ $launch != single && -f configs/accelerate/$launch.yaml ]] || fail "there is no launcher $launch for several machines (configs/accelerate)"
     # shellcheck disable=SC2034
     settings=(--config_file "configs/accelerate/$launch.yaml")
+}
+
+# A job that was put back goes on, however it was told to begin: --run.resume and --run.overwrite are read once, at its first start.
+go_on() {
+    words=()
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+        --run.resume | --run.overwrite) shift ;;
+        --run.resume=* | --run.overwrite=*) ;;
+        *) words+=("$1") ;;
+        esac
+        [[ $# -eq 0 ]] || shift
+    done
+    words+=(--run.resume true)
 }

@@ -40,6 +40,12 @@ def launched(checkout: Checkout, execute: Execute, *words: str, **environment: s
     return execute(line, cwd=checkout.root, PYTHONPATH=str(checkout.root), **{**NO_GPU, **environment})
 
 
+def test_a_reader_of_the_list_may_leave_early(checkout: Checkout, execute: Execute) -> None:
+    list_all = f"set -o pipefail; {sys.executable} -m recipes.common.launch --list | true"
+    done = execute(["bash", "-c", list_all], cwd=checkout.root, PYTHONPATH=str(checkout.root))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.slow
 def test_two_processes_form_one_group(checkout: Checkout, execute: Execute) -> None:
     done = launched(checkout, execute, "tiny", "--launch", "ddp", "--nproc", "2", "--", "--x.y", "a b")
@@ -244,6 +250,8 @@ def test_command_with_gpus(name: str) -> None:
 def test_command_of_one_process_and_a_config_of_its_own() -> None:
     line, environment = command(SCRIPT, CONFIG, "single", 1, ["--config", "other.yaml"], gpus=8, cores=64)
     assert line == [sys.executable, str(SCRIPT), "--config", "other.yaml"]
+    line, _ = command(SCRIPT, CONFIG, "single", 1, ["--config=other.yaml"], gpus=8, cores=64)
+    assert line == [sys.executable, str(SCRIPT), "--config=other.yaml"]
     assert environment == {"RECIPES_WORLD_SIZE": "1"}
 
 

@@ -136,9 +136,24 @@ def test_a_job_that_comes_back_resumes(
     words = ["tiny", "gpu", *(["ddp"] if name == "accelerate.slurm" else [])]
     execute(["bash", f"scripts/{name}", *words], cwd=checkout.root, **cluster)
     execute(["bash", f"scripts/{name}", *words], cwd=checkout.root, SLURM_RESTART_COUNT="1", **cluster)
-    first, second = asked(cluster)
-    assert "resume" not in first
-    assert [word.strip("'") for word in second.split()[-2:]] == ["--run.resume", "true"]
+    options = ["--run.overwrite", "true", "--a.b", "two words", "--run.resume=false"]  # how it was to begin
+    execute(["bash", f"scripts/{name}", *words, *options], cwd=checkout.root, SLURM_RESTART_COUNT="1", **cluster)
+    first, second, third = ([word.strip("'") for word in line.split()] for line in asked(cluster))
+    assert "--run.resume" not in first
+    assert second[-2:] == ["--run.resume", "true"]
+    assert third[-5:] == ["--a.b", "two", "words", "--run.resume", "true"]
+    assert "--run.overwrite" not in third and "--run.resume=false" not in third
+
+
+@pytest.mark.parametrize("name", SLURM)
+def test_the_processes_get_the_cores_of_the_job(
+    checkout: Checkout, cluster: dict[str, str], execute: Execute, name: str
+) -> None:
+    """srun takes them from SRUN_CPUS_PER_TASK alone since Slurm 22.05."""
+    Path(cluster["PATH"].split(":")[0], "srun").write_text('#!/bin/sh\necho "$SRUN_CPUS_PER_TASK" >>"$FAKE_LOG"\n')
+    words = ["tiny", "gpu", *(["ddp"] if name == "accelerate.slurm" else [])]
+    execute(["bash", f"scripts/{name}", *words], cwd=checkout.root, **cluster)
+    assert asked(cluster) == ["48"]
 
 
 @pytest.mark.parametrize(

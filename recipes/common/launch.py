@@ -212,7 +212,7 @@ def command(
     The processes share the cores: each gets `cores // nproc` threads, where accelerate and torchrun would give it one.
     Raises UserError for a launcher that would be ignored.
     """
-    recipe = [str(script), *([] if "--config" in arguments else ["--config", str(config)]), *arguments]
+    recipe = [str(script), *([] if _names_config(arguments) else ["--config", str(config)]), *arguments]
     environment = {"RECIPES_WORLD_SIZE": str(nproc)}
     if launch == "single":
         return [sys.executable, *recipe], environment
@@ -230,6 +230,11 @@ def command(
         # The YAML names this file relative to the repository's root; the absolute path works from any folder.
         accelerate += ["--deepspeed_config_file", str(ROOT / f"configs/deepspeed/{launch}.json")]
     return [sys.executable, *accelerate, *recipe], environment
+
+
+def _names_config(arguments: Sequence[str]) -> bool:
+    """Whether a recipe's arguments say which config they mean, in place of CONFIG: `--config x` or `--config=x`."""
+    return any(word == "--config" or word.startswith("--config=") for word in arguments)
 
 
 def start(line: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -426,8 +431,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given[:cut])
     if options.list:
         width = max(map(len, recipes()), default=0)
-        for name, path in sorted(recipes().items(), key=lambda item: (item[1].parent.name, item[0])):
-            print(f"{path.parent.name:<13} {name:<{width}}  {summary(path)}")
+        try:
+            for name, path in sorted(recipes().items(), key=lambda item: (item[1].parent.name, item[0])):
+                print(f"{path.parent.name:<13} {name:<{width}}  {summary(path)}", flush=True)
+        except BrokenPipeError:  # the reader, `| head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     try:
         line, environment = _resolve(options, given[cut + 1 :])
@@ -459,7 +467,7 @@ def _resolve(options: argparse.Namespace, arguments: list[str]) -> tuple[list[st
         raise UserError("which recipe? `make list` shows them all")
     script = check(find_recipe, options.recipe, options.targets.split())
     config = (
-        check(find_config, script, options.config) if script and "--config" not in arguments else Path(options.config)
+        check(find_config, script, options.config) if script and not _names_config(arguments) else Path(options.config)
     )
     nproc = check(process_count, options.nproc)
     if options.launch not in LAUNCHERS:

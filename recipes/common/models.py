@@ -125,7 +125,8 @@ def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False, writes: 
     if name is None:
         raise UserError("model.tokenizer: a model from scratch (model.config) needs a tokenizer: a folder or a hub id")
     name = ensure_made(name, run)
-    tokenizer = _from_pretrained("tokenizer", AutoTokenizer.from_pretrained, name, revision=model.revision)
+    revision = model.revision if model.tokenizer in (None, model.name) else None  # it is one of model.name
+    tokenizer = _from_pretrained("tokenizer", AutoTokenizer.from_pretrained, name, revision=revision)
     if model.chat_template:
         path = Path(model.chat_template)
         if not path.is_file():
@@ -253,10 +254,11 @@ def load_model(
                 f"model.name: {name} is an adapter, and no model without its base ({base_of(Path(name)) or 'unknown'}): give "
                 "the merged model/ that the run left beside it, or the base"
             )
-        made = _from_pretrained(
-            "model", auto_class.from_pretrained, name,
+        made, loaded = _from_pretrained(
+            "model", auto_class.from_pretrained, name, output_loading_info=True,
             revision=model.revision, dtype=dtype, attn_implementation=model.attention, **options,
         )  # fmt: skip
+        _check_complete(made, loaded["missing_keys"], name, auto_class)
     if tokenizer is not None:
         rows = made.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
@@ -280,6 +282,43 @@ def load_model(
             made.config.pad_token_id = tokenizer.pad_token_id
     _keep_tied_weights_together(made)
     return made
+
+
+# Classes whose head a recipe starts afresh on a checkpoint that has another one.
+FRESH_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForPreTraining")
+
+
+def _check_complete(made: Any, missing: set[str], name: str, auto_class: Any) -> None:
+    """Raise UserError where a checkpoint lacks weights that transformers has filled with random numbers, or was not made to
+    write (an encoder, a reward model) and is opened for it. A head that is new to the checkpoint may start afresh, and with it the pooler that feeds it (BERT's)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    architectures = list(getattr(made.config, "architectures", None) or [])
+    kind = type(made).__name__
+    holds = f"it holds a {', '.join(architectures)}" if architectures else "its config.json names no architectures"
+    if auto_class.__name__.endswith(FRESH_HEADS) and kind not in architectures:
+        backbone = f"{made.base_model_prefix}."
+        missing = {key for key in missing if key.startswith(backbone) and ".pooler." not in key}
+    parameters = {key for key, _ in made.named_parameters(remove_duplicate=False)}  # a buffer is computed, not learned
+    if lacking := sorted(missing & parameters):
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise UserError(
+            f"model: {name} lacks {len(lacking)} of the weights of a {kind}, which would be random numbers: {shown}; {holds}. "
+            "Give a checkpoint of that kind, or fetch its files again"
+        )
+    if not auto_class.__name__.endswith(FRESH_HEADS) and any(name.endswith(FRESH_HEADS[:2]) for name in architectures):
+        raise UserError(
+            f"model: {name} scores or labels texts, {holds}: no recipe taught it to write; give what it was made of"
+        )
+    encoder = (
+        made.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and getattr(made.config, "is_decoder", True) is False
+    )
+    if auto_class.__name__ == "AutoModelForCausalLM" and encoder:
+        raise UserError(
+            f"model: {name} is an encoder, {holds}: each word of it sees those to come, so it cannot learn to write them; give a "
+            "decoder"
+        )
 
 
 def _keep_tied_weights_together(model: Any) -> None:

@@ -24,10 +24,11 @@ from recipes.common import machine
 from recipes.common.config import Loaded, help_text, load_config, to_yaml
 from recipes.common.errors import DryRunDone, Interrupted, UserError
 from recipes.common.launch import check_sharding, check_world_size, environment_defaults, launcher_arguments
-from recipes.common.run_folder import RunFolder, open_folder, wait_for_everyone, write_atomically
+from recipes.common.run_folder import RunFolder, open_folder, plain, wait_for_everyone, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+LONGEST_NAME = 200  # bytes of a run's name: a file system takes 255, and a file beside the folder is named after it
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 def run_recipe(
@@ -165,7 +166,7 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
         print(help_text(config_class, module.__doc__ or "", str(shown), loaded.help or None))
         return
     run_values = loaded.values.get("run", {})
-    where["run"] = Path(str(run_values.get("root", "runs"))) / recipe / str(run_values.get("name", "default"))
+    where["run"] = _root(run_values) / recipe / str(run_values.get("name", "default"))
     if loaded.print_config:
         print(loaded.print())
         return
@@ -186,16 +187,18 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
         resume=bool(run_values.get("resume")), overwrite=bool(run_values.get("overwrite")),
     )  # fmt: skip
     run.started = started
-    _say_choices(run, config)
-    _seed(config)
     try:
+        _say_choices(run, config)
+        _seed(config)
         figures = main(config, run)
+        if not run.dry:
+            _finish(run, module.__doc__ or "", figures)
     except BaseException as ended:  # a folder in which nothing ran would be in the next run's way
         if isinstance(ended, Exception) or run.replaced is not None:  # an interrupted run may be resumed
             run.leave_if_unused()
         raise
-    if not run.dry:
-        _finish(run, module.__doc__ or "", figures)
+    finally:
+        run.unlock()
 
 
 def saved_config(loaded: Loaded) -> str:
@@ -208,8 +211,23 @@ def saved_config(loaded: Loaded) -> str:
 
 def _check_run_name(run_values: dict[str, Any]) -> None:
     name = str(run_values.get("name", "default"))
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"run.name: {len(name.encode())} bytes are more than a file system takes; at most {LONGEST_NAME}"
+        )
     if not re.fullmatch(r"[\w][\w.+-]*", name):
         raise UserError(f"run.name {name!r}: letters, digits, `_`, `-`, `+` and `.` only, since it is a folder's name")
+
+
+def _root(run_values: dict[str, Any]) -> Path:
+    """The folder of all runs, with `~` as the home folder: a library that is given a path below it sees it so."""
+    root = str(run_values.get("root", "runs"))
+    if not root.strip():
+        raise UserError("run.root is blank: give the folder that holds all runs, such as `runs`")
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"run.root {root!r}: {error}") from error
 
 
 def _set_threads(asked: int | None) -> None:
@@ -253,14 +271,14 @@ def _finish(run: RunFolder, summary: str, figures: dict[str, Any]) -> None:
     from recipes.common import machine
     from recipes.common.model_card import model_card, show
 
-    figures = {**run.figures, **figures}
+    figures = {name: plain(value) for name, value in {**run.figures, **figures}.items()}
     figures["wall_seconds"] = round(run.wall_seconds(), 1)
     figures["peak_memory_gib"] = round(machine.peak_memory_gib(), 3)
     if run.is_main:
         run.forget_replaced()
         environment = {**machine.describe(), "commit": _commit(), "choices": run.choices}
         write_atomically(run.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        write_atomically(run.path / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        write_atomically(run.path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
         config_yaml = (run.path / "config.yaml").read_text()
         write_atomically(run.path / "README.md", model_card(run, summary, figures, config_yaml, environment))
         width = max(map(len, figures))

@@ -6,6 +6,7 @@ runs/<recipe>/<name>/
   metrics.jsonl      a line a logged step          metrics.json   final figures, flat
   plots/*.png        samples/*                     checkpoints/   resumable state
   model/             loads with from_pretrained    README.md      model card
+  .lock              while a process runs in it: its pid
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
 
@@ -104,6 +105,41 @@ class RunFolder:
         self.seconds_before = 0.0  # what the sittings before it took, up to the checkpoint that this one goes on from
         self.figures: dict[str, Any] = {}  # what the training helpers measured: tokens_per_second, mfu, ...
         self._paragraphs: list[str] = []
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Hold the folder until `unlock`, or until the process ends, killed or not. UserError if another process holds it."""
+        import fcntl
+
+        file = open(self.path / LOCK, "a+")  # noqa: SIM115  # open as long as it is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise UserError(
+                f"another process (pid {holder or 'unknown'}) is running in {self.path}: wait until it has ended, or choose "
+                "another --run.name"
+            ) from None
+        except OSError:  # a file system without locks, where two runs in one folder are not found out
+            pass
+        if not _lies_there(file):
+            file.close()
+            self.lock()
+            return
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            if _lies_there(self._lock):
+                Path(self._lock.name).unlink()
+            self._lock.close()
+            self._lock = None
 
     @property
     def checkpoints(self) -> Path:
@@ -136,7 +172,7 @@ class RunFolder:
         if not self.is_main or self.dry:
             return
         self.forget_replaced()
-        row = {"step": step, **{k: _plain(v) for k, v in figures.items()}}
+        row = {"step": step, **{k: plain(v) for k, v in figures.items()}}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -145,8 +181,16 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        try:
+            lines = path.read_text().split("\n")
+            rows = [json.loads(line) for line in lines[:-1] if line]
+            if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+                raise ValueError("a line is no object with a step")
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged, or not a run's: {error}; mend it, or start again with --run.overwrite true"
+            ) from error
+        return rows
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will do again."""
@@ -221,7 +265,9 @@ class RunFolder:
             return
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # a Trainer makes it as it is built
-        ours = set() if self.dry else {"config.yaml"}  # a dry run writes none: it belongs to a run that is starting
+        ours = (
+            set() if self.dry else {"config.yaml", LOCK}
+        )  # a dry run writes none: it belongs to a run that is starting
         if {entry.name for entry in self.path.iterdir()} <= ours:
             shutil.rmtree(self.path)
             if self.replaced is not None:
@@ -229,6 +275,17 @@ class RunFolder:
                 return
             with suppress(OSError):  # it holds other runs, or one that ended beside this one has removed it
                 self.path.parent.rmdir()
+
+    def put_aside(self) -> None:
+        """Make room for a run that overwrites the one here, which is kept until the new one has begun."""
+        aside = self.path.with_name(f".{self.path.name}.overwritten")
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed before it began
+        os.replace(self.path, aside)
+        self.unlock()  # what was held went with it
+        (aside / LOCK).unlink()
+        self.replaced = aside
+        self.path.mkdir()
+        self.lock()
 
     def forget_replaced(self) -> None:
         """Delete the run that this one overwrites: it has begun."""
@@ -268,7 +325,8 @@ def wait_for_everyone() -> None:
             dist.barrier()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A figure for JSON: a Python number, and null for what is not a number or infinite, which JSON has not."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
@@ -276,7 +334,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+LOCK = ".lock"  # a file in the run folder, held by the main process of the run
 COMPLETE = "complete"  # a file that is put into a checkpoint last: without it the folder is a half-written one
+
+
+def _lies_there(lock: IO[str]) -> bool:
+    """Whether an open lock file is still the one in the folder: the run that held it removes it as it ends."""
+    path = Path(lock.name)
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
@@ -307,18 +372,32 @@ def open_folder(
         raise UserError(
             "run.resume and run.overwrite contradict each other: the one goes on with what is there, the other deletes it"
         )
-    if run.is_main:
-        run.replaced = _prepare(path, fingerprint, resume, overwrite)
-    if resume:
-        run.resume_from = last_complete_checkpoint(run.checkpoints)
-        if run.resume_from is None:
-            run.say(f"{path} holds no complete checkpoint to go on from: starting afresh")
-        else:
+    try:
+        if run.is_main:
+            _prepare(run, fingerprint, resume, overwrite)
+        if resume:
+            _take_up(run)
+    except BaseException:
+        run.unlock()
+        raise
+    return run
+
+
+def _take_up(run: RunFolder) -> None:
+    """Where a resumed run goes on, and what the sittings before it took. Raises UserError where that cannot be read."""
+    run.resume_from = last_complete_checkpoint(run.checkpoints)
+    if run.resume_from is None:
+        run.say(f"{run.path} holds no complete checkpoint to go on from: starting afresh")
+    else:
+        try:
             told = json.loads((run.resume_from / COMPLETE).read_text())
             run.seconds_before = told["wall_seconds"]
             run.figures |= told["speed"]  # until this sitting has taken enough steps to measure its own
-        run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
-    return run
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{run.resume_from / COMPLETE} is damaged: delete {run.resume_from} to go on from the checkpoint before it"
+            ) from error
+    run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
 
 
 def _what_decides(config: str) -> list[str]:
@@ -326,47 +405,49 @@ def _what_decides(config: str) -> list[str]:
     return [line for line in config.splitlines() if not line.startswith("  time_limit_minutes:")]
 
 
-def _prepare(path: Path, fingerprint: str, resume: bool, overwrite: bool) -> Path | None:
-    """Make the folder ready; gives where the run that is to be overwritten lies, until the new one has begun."""
-    existing, aside = path / "config.yaml", None
+def _prepare(run: RunFolder, fingerprint: str, resume: bool, overwrite: bool) -> None:
+    """Make the folder ready and hold it; a run that is to be overwritten is put aside until the new one has begun."""
+    path, config = run.path, run.path / "config.yaml"
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a run folder: choose another --run.name or --run.root")
-    if path.is_dir() and any(path.iterdir()):
-        if overwrite:
-            if not existing.exists():
-                raise UserError(
-                    f"{path} holds files but no config.yaml, so no recipe made it: not deleting it; choose another --run.name"
-                )
-            aside = path.with_name(f".{path.name}.overwritten")
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed before it began
-            os.replace(path, aside)
-        elif resume:
-            written = existing.read_text() if existing.exists() else ""
-            before, now = _what_decides(written), _what_decides(fingerprint)
-            if before and before != now:
-                changed = [
-                    f"`{new.strip()}` (was `{old.strip()}`)"
-                    for old, new in zip(before, now, strict=False)
-                    if old != new
-                ] or ["its length"]
-                raise UserError(
-                    f"cannot resume {path}: its config was another one: {changed[0]}; give the same config, or a new --run.name"
-                )
-        else:
-            done = (path / "metrics.json").exists()
-            raise UserError(
-                f"{path} already holds {'a finished' if done else 'an unfinished'} run: choose another --run.name, "
-                "--run.resume true to go on with it, or --run.overwrite true to delete it"
-            )
-    elif resume and int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:  # a job put back may not have got this far
+    taken = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
+    if taken and not config.exists():
+        refused = "not deleting it" if overwrite else "not writing into it"
+        raise UserError(
+            f"{path} holds files but no config.yaml, so no recipe made it: {refused}; choose another --run.name"
+        )
+    # a job put back may not have got this far
+    if resume and not taken and int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
         raise UserError(
             f"nothing to resume: {path} does not exist or is empty; leave out --run.resume, or check --run.name"
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(existing, fingerprint)
+        run.lock()
+        if config.exists() and overwrite:
+            run.put_aside()
+        elif config.exists() and resume:
+            _check_same_config(path, config.read_text(), fingerprint)
+        elif config.exists():
+            done = (path / "metrics.json").exists()
+            raise UserError(
+                f"{path} already holds {'a finished' if done else 'an unfinished'} run: choose another --run.name, "
+                "--run.resume true to go on with it, or --run.overwrite true to delete it"
+            )
+        write_atomically(config, fingerprint)
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {path}: {error.strerror}; choose another --run.root"
         ) from error
-    return aside
+
+
+def _check_same_config(path: Path, written: str, fingerprint: str) -> None:
+    """Raise UserError with the first line in which a run's config differs from the one that is to go on with it."""
+    before, now = _what_decides(written), _what_decides(fingerprint)
+    if before and before != now:
+        changed = [
+            f"`{new.strip()}` (was `{old.strip()}`)" for old, new in zip(before, now, strict=False) if old != new
+        ] or ["its length"]
+        raise UserError(
+            f"cannot resume {path}: its config was another one: {changed[0]}; give the same config, or a new --run.name"
+        )

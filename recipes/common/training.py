@@ -10,17 +10,18 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common import machine
 from recipes.common.errors import Interrupted, UserError
-from recipes.common.launch import check_world_size
+from recipes.common.launch import check_world_size, nearest
 from recipes.common.run_folder import (
     RunFolder,
     drop_half_written_checkpoints,
+    last_complete_checkpoint,
     wait_for_everyone,
     write_errors_explained,
 )
@@ -33,6 +34,25 @@ if TYPE_CHECKING:
 # What compiling a small model costs, measured on 2 cores: 12 s to 29 s alone, more beside other work.
 COMPILE_SECONDS = 40
 COMPILE_SAVES = 0.12  # share of a step's time that it saves, measured: 0.11 with AVX512-BF16, 0.32 with AMX
+
+
+# What the libraries look up in a mapping: a key that is none of these is passed over, or is a traceback.
+MAPPINGS: dict[str, tuple[str, ...]] = {
+    "accelerator_config": (
+        "split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking",
+        "gradient_accumulation_kwargs", "use_configured_state",
+    ),
+    # each also as fsdp_...
+    "fsdp_config": (
+        "version", "cpu_offload", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap", "state_dict_type",
+        "cpu_ram_efficient_loading", "activation_checkpointing", "reshard_after_forward", "forward_prefetch",
+        "backward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers", "xla", "xla_fsdp_v2",
+        "xla_fsdp_grad_ckpt", "xla_fsdp_settings",
+    ),
+    "gradient_checkpointing_kwargs": (
+        "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop",
+    ),
+}  # fmt: skip
 
 
 def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -49,6 +69,29 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
         }.items()
         if key in given
     ]
+    problems += [
+        f"training.{key}: {given[key]} would break a promise of the frame ({promise}): leave it out"
+        for key, (kept, promise) in {
+            "logging_strategy": (
+                "steps",
+                "a loss that is not a number stops the run; training.logging_steps says how often",
+            ),
+            "save_only_model": (False, "a resumed run ends with the same weights, which takes the optimizer's state"),
+            "ignore_data_skip": (False, "a resumed run ends with the same weights, so it sees no row twice"),
+        }.items()
+        if given.get(key, kept) != kept
+    ]
+    if given.get("save_total_limit") == 1:
+        problems.append(
+            "training.save_total_limit: 1 leaves no whole checkpoint where a run is killed while it writes one: at least 2, or "
+            "null to keep all"
+        )
+    for key, keys in MAPPINGS.items():
+        names = list(given[key]) if isinstance(given.get(key), dict) else []
+        unknown = [name for name in names if str(name).removeprefix("fsdp_") not in keys]
+        problems += [
+            f"training.{key}: there is no {name}{nearest(str(name), keys)} ({', '.join(keys)})" for name in unknown
+        ]
     if given.get("push_to_hub"):
         problems.append(
             "training.push_to_hub: nothing is uploaded from here; leave it out, and `hf upload` the model/ folder"
@@ -98,7 +141,10 @@ def _library_choices() -> dict[str, list[str]]:
 
     levels = list(trainer_log_levels)
     backends = [backend.value.lower() for backend in DynamoBackend]
-    return {"log_level": levels, "log_level_replica": levels, "torch_compile_backend": backends}
+    packing = ["bfd", "bfd_split", "wrapped"]  # trl's SFTConfig
+    return {
+        "log_level": levels, "log_level_replica": levels, "torch_compile_backend": backends, "packing_strategy": packing,
+    }  # fmt: skip
 
 
 class StopSignals:
@@ -248,13 +294,36 @@ def duration(seconds: float) -> str:
 def stop_at_nan(loss: float, step: int, run: RunFolder) -> None:
     """Raise UserError if the loss is not a finite number; the last good checkpoint stays."""
     if not math.isfinite(loss):
-        from recipes.common.run_folder import last_complete_checkpoint
+        raise _diverged(f"the loss is {loss} at step {step}", run)
 
-        kept = last_complete_checkpoint(run.checkpoints)
-        raise UserError(
-            f"the loss is {loss} at step {step}: lower training.learning_rate, or lengthen the warm-up; "
-            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet")
-        )
+
+def stop_at_bad_weights(models: Sequence[nn.Module], step: int, run: RunFolder) -> None:
+    """Raise UserError, on every process, if a weight that learns is not a finite number: a loss tells of an update only after
+    the next step, and what is saved is tried and resumed before. A sharded weight is looked at where its shard lies."""
+    import torch
+
+    def local(weight: Any) -> torch.Tensor:
+        shard = getattr(weight, "ds_tensor", weight).detach()  # ZeRO-3's, which leaves the parameter itself empty
+        return shard.to_local() if hasattr(shard, "to_local") else shard
+
+    weights = [weight for model in models for weight in model.parameters() if weight.requires_grad]
+    bad = not all(bool(torch.isfinite(local(weight)).all()) for weight in weights)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch.distributed as dist
+
+        flag = torch.tensor([bad], dtype=torch.int32, device="cuda" if machine.has_gpu() else "cpu")
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        bad = bool(flag.item())
+    if bad:
+        raise _diverged(f"a weight is not a finite number after step {step}", run)
+
+
+def _diverged(what: str, run: RunFolder) -> UserError:
+    kept = last_complete_checkpoint(run.checkpoints)
+    return UserError(
+        f"{what}: lower training.learning_rate, or lengthen the warm-up; "
+        + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet")
+    )
 
 
 def dtype_name(args: TrainingArguments) -> str:
@@ -318,6 +387,9 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
             frame.report.finish()
+            stop_at_bad_weights(
+                [cast("nn.Module", trainer.model)], trainer.state.global_step, run
+            )  # saved by some last
             # what follows has other shapes: evaluation and generation run eagerly
             cast("nn.Module", trainer.model)._compiled_call_impl = None
         if frame.interrupted:
@@ -357,8 +429,15 @@ def _frame_callback() -> type:
             if self.stop.asked() and state.global_step < state.max_steps:
                 self.interrupted = True
                 control.should_save = control.should_training_stop = True
+            self._look_before_saving(state, control)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._look_before_saving(state, control)
+
+        def _look_before_saving(self, state: Any, control: Any) -> None:
             if control.should_save:
-                control.should_log = True  # the loss is looked at before it is saved
+                control.should_log = True
+                stop_at_bad_weights([cast("nn.Module", self.trainer.model)], state.global_step, self.run)
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs: dict[str, Any] = kwargs["logs"]
@@ -527,6 +606,7 @@ class Loop:
         """Write a checkpoint and mark it complete; keep the last two."""
         import shutil
 
+        stop_at_bad_weights(self.accelerator._models, self.step, self.run)
         folder = self.run.checkpoints / f"checkpoint-{self.step}"
         self.accelerator.wait_for_everyone()
         with write_errors_explained(folder):

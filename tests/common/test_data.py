@@ -147,9 +147,15 @@ def test_blank_texts_are_left_out_and_counted(tmp_path, capsys):
         (["train.jsonl", "test.jsonl"], {"train": 10, "validation": 10}),
         (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl"], {"train": 20, "validation": 10}),
         (["train/a.jsonl", "train/b.jsonl", "val/a.jsonl"], {"train": 20, "validation": 10}),
+        (
+            ["train-00000-of-00001-a09b74b3.jsonl", "test-00000-of-00001-6e925c6d.jsonl"],
+            {"train": 10, "validation": 10},
+        ),
+        (["gsm_train.jsonl", "gsm_test.jsonl.gz"], {"train": 10, "validation": 10}),
+        (["train_sft.jsonl", "train_gen.jsonl", "test_sft.jsonl"], {"train": 20, "validation": 10}),
+        (["train_sft/0.jsonl", "test_sft/0.jsonl"], {"train": 10, "validation": 10}),
         (["a.jsonl", "b.jsonl"], {"train": 19, "validation": 1}),
-        (["all.jsonl", "test.jsonl.gz"], {"train": 10, "validation": 10}),
-        (["train.jsonl", "extra.jsonl"], {"train": 9, "validation": 1}),
+        (["contest.jsonl", "latest.jsonl"], {"train": 19, "validation": 1}),
     ],
 )
 def test_folder(tmp_path, names, expected, capsys):
@@ -157,8 +163,24 @@ def test_folder(tmp_path, names, expected, capsys):
         write_jsonl(tmp_path / name, qa(10, 100 * i))
     found = load_data(Data(name=str(tmp_path)), "conversation")
     assert {split: len(rows) for split, rows in found.items()} == expected
-    if "extra.jsonl" in names:
-        assert "left out" in (out := capsys.readouterr().out) and "extra.jsonl" in out
+    assert ("by their names, train: " in capsys.readouterr().out) == ("train" in names[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["gsm_train.txt", "gsm_test.txt"], {"train": 1, "validation": 1}),
+        (["train/test_utils.txt", "train/b.txt", "test/a.txt"], {"train": 2, "validation": 1}),
+        (["test_utils.txt", "utils.txt", "how-to-test.txt"], {"train": 2, "validation": 1}),  # titles
+    ],
+)
+def test_folder_of_documents(tmp_path, names, expected, capsys):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"What {name} holds.")
+    found = load_data(Data(name=str(tmp_path)), "text")
+    assert {split: len(rows) for split, rows in found.items()} == expected
+    assert ("one pile of documents" in capsys.readouterr().out) == ("utils.txt" in names)
 
 
 def test_folder_of_save_to_disk(tmp_path):
@@ -340,11 +362,17 @@ def test_image_folder_with_captions(tmp_path, own_cache):
 
 
 def test_bad_images_are_named(tmp_path, own_cache):
+    from PIL import Image
+
     _image(tmp_path / "a" / "x.png", 1)
     (tmp_path / "a" / "y.png").write_bytes(b"hello")
     (tmp_path / "a" / "z.png").touch()
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a" / "cut.png")
+    whole = (tmp_path / "a" / "cut.png").read_bytes()
+    (tmp_path / "a" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is there
     found = problems("image", name=str(tmp_path))
-    assert "y.png is not an image" in found[0] and "z.png is empty" in found[1] and "2 of 3 images" in found[2]
+    assert "cut.png is not a whole image: image file is truncated" in found[0]
+    assert "y.png is not a whole image" in found[1] and "z.png is empty" in found[2] and "3 of 4 images" in found[3]
 
 
 def test_bad_images_are_skipped_counted_and_listed(tmp_path, own_cache, capsys):
@@ -357,7 +385,7 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path, own_cache, capsys):
     assert sorted(shades) == [20, 30, 40, 50]
     said = capsys.readouterr().out
     assert "skipped 2 of 6 images (data.on_bad_row: skip)" in said
-    assert "0.png is not an image" in said and "1.png is empty" in said
+    assert "0.png is not a whole image" in said and "1.png is empty" in said
 
 
 def test_a_folder_of_bad_images_only(tmp_path, own_cache):

@@ -222,6 +222,63 @@ def test_padding_falls_back_to_the_end_token(run: RunFolder, tmp_path: Path) -> 
     assert loaded.pad_token == loaded.eos_token
 
 
+# ---------------------------------------------------------------------------------------------- what a checkpoint lacks
+
+
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path: Path, run: RunFolder) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import (
+        AutoModelForSequenceClassification,
+        BertConfig,
+        BertForMaskedLM,
+        LlamaForSequenceClassification,
+    )
+
+    policy = make_model(make_tokenizer())
+    reward, short, encoder, chat, tied = (tmp_path / name for name in ("reward", "short", "encoder", "chat", "tied"))
+    LlamaForSequenceClassification(policy.config).save_pretrained(tied)  # complete, since its embeddings are the head
+    assert "tied scores or labels texts, it holds a LlamaForSeq" in problems(load_model, Model(str(tied)), None, run)[0]
+    policy.config.tie_word_embeddings = False
+    LlamaForSequenceClassification(policy.config).save_pretrained(reward)
+    (said,) = problems(load_model, Model(name=str(reward)), None, run)
+    assert "lacks 1 of the weights of a LlamaForCausalLM" in said and ": lm_head.weight; it holds a LlamaForSeq" in said
+    policy.config.tie_word_embeddings = True
+
+    policy.save_pretrained(short)
+    weights = load_file(short / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, short / "model.safetensors", {"format": "pt"})
+    assert "model.layers.1.input_layernorm.weight" in problems(load_model, Model(name=str(short)), None, run)[0]
+    # a score that a reward model of this kind would start with may be random; the layers below it may not
+    classes = AutoModelForSequenceClassification
+    assert "model.layers.1." in problems(load_model, Model(name=str(short)), None, run, classes)[0]
+    policy.save_pretrained(chat)
+    assert load_model(Model(name=str(chat)), None, run, classes, num_labels=1).score.weight.shape[0] == 1
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=50)).save_pretrained(encoder)
+    assert (
+        load_model(Model(name=str(encoder)), None, run, classes).bert.pooler is not None
+    )  # the pooler is new with the head
+    assert "is an encoder, it holds a BertForMaskedLM" in problems(load_model, Model(name=str(encoder)), None, run)[0]
+
+
+def test_the_revision_of_a_model_is_not_asked_of_another_tokenizer(
+    saved: Path, run: RunFolder, monkeypatch: Any
+) -> None:
+    import transformers
+
+    asked: list[Any] = []
+
+    def load(name: str, revision: str | None) -> Any:
+        asked.append(revision)
+        return make_tokenizer()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    load_tokenizer(Model(name=str(saved), revision="v2"), run)
+    load_tokenizer(Model(name="some/model", tokenizer=str(saved), revision="v2"), run)
+    assert asked == ["v2", None]
+
+
 # ---------------------------------------------------------------------------------------------- the hub
 
 

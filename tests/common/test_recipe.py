@@ -1,7 +1,8 @@
-"""How a run ends: SIGTERM outside of the training, and settings that a library's Trainer refuses."""
+"""Where a run goes and how it ends: its folder, SIGTERM outside of the training, settings that a library's Trainer refuses."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -57,3 +58,44 @@ def test_what_a_trainer_refuses_is_the_users_and_the_rest_is_a_bug(
     assert capsys.readouterr().err.startswith("error: training: You have set `args.eval_strategy`")
     with pytest.raises(ValueError, match="a bug of ours"):
         run_recipe(builds_a_trainer, Config, [*words, "no", "--run.name", "other"])
+
+
+def measures_nothing(config: Config, run: RunFolder) -> dict[str, Any]:
+    assert Path(config.training.output_dir) == run.checkpoints.absolute()
+    return {"loss": float("nan"), "mean": float("inf"), "accuracy": 0.5}
+
+
+def test_the_home_folder_is_one_place_to_us_and_to_the_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_recipe(measures_nothing, Config, ["--run.root", "~/runs"]) == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["runs"]
+
+
+def test_figures_that_are_no_numbers_are_null_and_a_run_that_ended_holds_no_folder(tmp_path: Path) -> None:
+    words = ["--run.root", str(tmp_path)]
+    assert run_recipe(measures_nothing, Config, words) == 0
+    folder = tmp_path / "test_recipe" / "default"
+    figures = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert figures["loss"] is figures["mean"] is None and figures["accuracy"] == 0.5
+    assert not (folder / ".lock").exists()
+    assert run_recipe(measures_nothing, Config, [*words, "--run.overwrite", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run.root", ""], "run.root is blank"),
+        (["--run.root", "~nobody-here/runs"], "run.root '~nobody-here/runs'"),
+        (["--run.root", "x" * 300], "File name too long"),
+        (["--run.name", "x" * 300], "run.name: 300 bytes are more than a file system takes"),
+    ],
+)
+def test_names_that_are_no_folders_are_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_recipe(measures_nothing, Config, words) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

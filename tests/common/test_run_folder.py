@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,13 @@ CONFIG = "training:\n  max_steps: 3\nrun:\n  name: default\n"
 
 
 def opened(path: Path, **how: Any) -> RunFolder:
+    """The folder as `run_recipe` opens it, of a run that has ended: it does not hold it any more."""
+    run = held(path, **how)
+    run.unlock()
+    return run
+
+
+def held(path: Path, **how: Any) -> RunFolder:
     """The folder as `run_recipe` opens it."""
     usual = {"fingerprint": CONFIG, "resume": False, "overwrite": False, "dry": False, "given": set()}
     return open_folder(path, recipe="test", **{**usual, **how})
@@ -162,6 +172,56 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert (tmp_path / "run").read_text() == "mine"
 
 
+# ---------------------------------------------------------------------------------------------- one run at a time
+
+
+def test_a_folder_in_which_a_process_runs_is_not_another_s(tmp_path: Path) -> None:
+    run = held(tmp_path / "run")
+    run.log(1, loss=1.0)
+    before = content(run.path)
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()}\) is running in {run.path}"):
+            held(run.path, **how)
+    held(run.path, dry=True).leave_if_unused()
+    assert content(run.path) == before
+    run.unlock()
+    again = held(run.path, overwrite=True)  # the lock is its own, not the one that was put aside with the folder
+    with pytest.raises(UserError, match="another process"):
+        held(run.path, resume=True)
+    again.leave_if_unused()
+    again.unlock()
+    assert content(run.path) == {name: text for name, text in before.items() if name != ".lock"}
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    code = f"""import sys, time
+from pathlib import Path
+from recipes.common.run_folder import open_folder
+run = open_folder(Path({str(tmp_path / "run")!r}), recipe="test", fingerprint={CONFIG!r}, resume=False, overwrite=False,
+    dry=False, given=set())
+print("held", flush=True)
+time.sleep(60)
+"""
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"another process \(pid {other.pid}\)"):
+            opened(tmp_path / "run", resume=True)
+        other.kill()
+    opened(tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == {"config.yaml": CONFIG}
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert content(opened(tmp_path / "run").path) == {"config.yaml": CONFIG}
+
+
 # ---------------------------------------------------------------------------------------------- overwrite
 
 
@@ -190,6 +250,9 @@ def test_overwrite_deletes_no_folder_that_no_recipe_made(tmp_path: Path) -> None
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="no recipe made it: not deleting it"):
         opened(tmp_path, overwrite=True)
+    for how in ({}, {"resume": True}):
+        with pytest.raises(UserError, match="no recipe made it: not writing into it"):
+            opened(tmp_path, **how)
     assert content(tmp_path) == {"thesis.txt": "years of work"}
 
 
@@ -263,6 +326,28 @@ def test_a_resumed_run_counts_what_earlier_sittings_took(tmp_path: Path) -> None
     assert 100 <= again.seconds_before <= again.wall_seconds() < 110
     again.started -= 7
     assert 107 <= again.wall_seconds() < 120
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.jsonl", "mine, not json\n", "metrics.jsonl is damaged, or not a run's: Expecting value"),
+        ("metrics.jsonl", "[1]\n", "a line is no object with a step"),
+        (
+            "checkpoints/checkpoint-4/complete",
+            "",
+            "complete is damaged: delete .*checkpoint-4 to go on from the checkpoint",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_not_resumed(tmp_path: Path, file: str, text: str, said: str) -> None:
+    run = opened(tmp_path / "run")
+    run.log(1, loss=1.0)
+    checkpoint(run.path, 4)
+    (run.path / file).write_text(text)
+    with pytest.raises(UserError, match=said):
+        opened(run.path, resume=True)
+    assert not (run.path / ".lock").exists()
 
 
 def test_checkpoints_of_other_names_are_none(tmp_path: Path) -> None:

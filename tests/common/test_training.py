@@ -274,6 +274,57 @@ def test_a_loss_that_is_no_number_stops_and_names_the_last_good_checkpoint(
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
 
 
+def test_weights_that_are_no_numbers_are_not_saved(arguments: Any, tmp_path: Path) -> None:
+    """A finite loss says nothing of the update after it."""
+    run, args = made(tmp_path / "run"), arguments()
+    accelerator = make_accelerator(args)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    loop = Loop(run, args, accelerator, total_steps=10)
+    with pytest.raises(UserError, match=r"a weight is not a finite number after step 8: lower.*checkpoint-4$"):
+        for step in loop:
+            if step == 6:
+                model.weight.data[0, 1] = float("nan")
+            loop.log(loss=1.0, tokens=1)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("save", "left"), [("steps", ["checkpoint-4"]), ("epoch", ["checkpoint-4", "checkpoint-6"]), ("no", [])]
+)
+def test_a_trainer_saves_and_tries_no_weights_that_are_no_numbers(
+    arguments: Any, tmp_path: Path, save: str, left: list[str]
+) -> None:
+    from transformers import Trainer, TrainerCallback
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def forward(self, x: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+            return {"loss": self.layer(x).square().mean()}
+
+    class Spoils(TrainerCallback):
+        """After the loss of step 7, as an update may; and a sampler that looks at what is saved."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 8:
+                model.layer.weight.data.fill_(float("inf"))
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            assert bool(torch.isfinite(model.layer.weight).all())
+
+    run, model = made(tmp_path / "run"), Model()
+    rows = [{"x": torch.randn(2)} for _ in range(16)]
+    args = arguments(max_steps=8, save_strategy=save)
+    args.output_dir = str(run.checkpoints)
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[Spoils()])
+    last = left[-1] if left else "no checkpoint had been written yet"
+    with pytest.raises(UserError, match=f"a weight is not a finite number after step 8: .*{last}$"):
+        fit(trainer, run)
+    assert sorted(p.name for p in run.checkpoints.glob("checkpoint-*")) == left
+
+
 def test_a_loss_that_is_no_number_before_any_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint had been written yet"):
         training.stop_at_nan(float("nan"), 1, made(tmp_path / "run"))
@@ -371,6 +422,23 @@ def test_what_the_frame_fills_in_says_where_it_is_from(monkeypatch: pytest.Monke
         ({"overwrite_output_dir": True}, "use --run.overwrite true"),
         ({"log_level": "loud"}, "training.log_level must be one of detail, debug, .*, not 'loud'"),
         ({"torch_compile_backend": "indutcor"}, "training.torch_compile_backend must be one of .*inductor"),
+        ({"packing_strategy": "bff"}, "training.packing_strategy must be one of bfd, bfd_split, wrapped, not 'bff'"),
+        (
+            {"logging_strategy": "no"},
+            "training.logging_strategy: no would break .*a loss that is not a number stops the run",
+        ),
+        (
+            {"save_only_model": True},
+            "training.save_only_model: True would break .*a resumed run ends with the same weights",
+        ),
+        ({"ignore_data_skip": True}, "training.ignore_data_skip: True would break .*it sees no row twice"),
+        ({"save_total_limit": 1}, "training.save_total_limit: 1 leaves no whole checkpoint"),
+        ({"fsdp_config": {"fsdp_versio": 2}}, "training.fsdp_config: there is no fsdp_versio; did you mean version?"),
+        (
+            {"accelerator_config": {"even_batch": True}},
+            "training.accelerator_config: .*even_batch; did you mean even_batches?",
+        ),
+        ({"gradient_checkpointing_kwargs": {"use_reentrnt": False}}, "no use_reentrnt; did you mean use_reentrant?"),
         ({"push_to_hub": True}, "training.push_to_hub: nothing is uploaded from here"),
         ({"bf16": True}, "training.bf16: true, but this processor lacks it; leave it out"),
         ({"fp16": True}, "training.fp16: true needs a GPU"),
@@ -387,6 +455,12 @@ def test_what_this_machine_cannot_do_is_refused(
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
     with pytest.raises(UserError, match=says):
         training_defaults(Path("x"), given)
+
+
+def test_what_is_as_the_frame_has_it_is_taken() -> None:
+    given = {"logging_strategy": "steps", "save_only_model": False, "ignore_data_skip": False, "save_total_limit": None}
+    mappings = {"fsdp_config": {"fsdp_version": 2, "cpu_offload": True}, "accelerator_config": {"even_batches": False}}
+    training_defaults(Path("x"), {**given, **mappings, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
 
 
 def test_everything_that_is_refused_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

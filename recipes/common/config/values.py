@@ -30,7 +30,7 @@ _BOUNDED: dict[Any, str] = {
     NonNegativeInt: "seed data_seed dataloader_num_workers top_k",
     PositiveFloat: "learning_rate num_train_epochs logging_steps save_steps eval_steps adam_epsilon lora_alpha "
     "temperature repetition_penalty",
-    NonNegativeFloat: "warmup_steps weight_decay max_grad_norm eval_delay beta epsilon",
+    NonNegativeFloat: "warmup_steps weight_decay max_grad_norm eval_delay beta epsilon neftune_noise_alpha",
     _Share: "adam_beta1 adam_beta2 lora_dropout encoder_dropout label_smoothing_factor",
     UpToOne: "top_p",
     union([PositiveInt, Literal[-1]]): "max_steps",

@@ -127,7 +127,7 @@ def _image_hashes(rows: datasets.Dataset) -> np.ndarray:
 
 
 def _bad_images(name: str, folder: Path, files: list[Path], data: Data) -> set[Path]:
-    """Files that are called images and are none, which would fail in the middle of training: counted and listed.
+    """Files that are called images and are none, or are cut short, which would fail in the middle of training: counted and listed.
 
     Raises UserError for them unless data.on_bad_row is skip, and where no good one is left.
     """
@@ -136,10 +136,10 @@ def _bad_images(name: str, folder: Path, files: list[Path], data: Data) -> set[P
     bad: dict[Path, str] = {}
     for file in files:
         try:
-            with Image.open(file):
-                pass
-        except (UnidentifiedImageError, OSError) as error:
-            reason = "is empty" if file.stat().st_size == 0 else f"is not an image: {first_line(error)}"
+            with Image.open(file) as image:
+                image.load()  # a download that broke off has its header
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = "is empty" if file.stat().st_size == 0 else f"is not a whole image: {first_line(error)}"
             bad[file.resolve()] = f"{os.path.join(name, file.relative_to(folder))} {reason}"
     if not bad:
         return set()

@@ -28,7 +28,9 @@ SPLIT_NAMES = {
     "val": "validation",
     "dev": "validation",
     "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
+    "testing": "test",
 }
 BLANK = re.compile(r"[ \t\r\n]*")
 Row = Mapping[str, Any]

@@ -197,12 +197,10 @@ def _open_folder(name: str, path: Path, as_text: bool) -> Source:
         say(f"data: {name}: left out, for no reader knows them: {some_of(unknown)}")
     ((file_format, files),) = by_format.items()
     splits: dict[str, list[Part]] = {}
-    unnamed: list[Part] = []
-    for file in files:
-        inside = file.relative_to(path)
+    insides = [file.relative_to(path) for file in files]
+    for file, inside, split in zip(files, insides, _splits_of(name, insides, file_format == "text"), strict=True):
         shown = os.path.join(name, inside)
         _check_readable(shown, file)
-        split = _split_of(inside)
         if file_format == "json":
             by_split = json_splits(shown, file)
             if by_split is None:
@@ -216,16 +214,14 @@ def _open_folder(name: str, path: Path, as_text: bool) -> Source:
                 part = Part(shown, partial(numbered_rows, partial(_first_value, by_split)), line_of=line_of)
         else:
             part = _file_part(shown, file, file_format)
-        (splits.setdefault(split, []) if split else unnamed).append(part)
-    if "train" not in splits and unnamed:
-        if splits:
-            say(f"data: {name}: no file is named train, so these are: {some_of([part.shown for part in unnamed])}")
-        splits["train"] = unnamed
-    elif unnamed:
-        say(f"data: {name}: files named after a split are read; left out: {some_of([part.shown for part in unnamed])}")
+        splits.setdefault(split, []).append(part)
+    there = tuple(split for split in ("train", "validation", "test") if split in splits)
+    if len(there) > 1:
+        served = [f"{split}: {some_of([part.shown for part in splits[split]])}" for split in there]
+        say(f"data: {name}: by their names, {'; '.join(served)}")
     return Source(
         name,
-        tuple(split for split in ("train", "validation", "test") if split in splits),
+        there,
         splits.__getitem__,
         streams=file_format not in ("text", "json"),
     )
@@ -285,11 +281,46 @@ def _unknown_format(path: Path) -> str:
     )
 
 
-def _split_of(inside: Path) -> str | None:
-    """The split that a file's name or a folder above it says: train.jsonl, test-00000-of-00002.parquet, dev/a.txt."""
-    stem = re.sub(r"[-_]\d+(-of-\d+)?$", "", inside.name.split(".")[0].lower())
-    words = (stem, *(folder.lower() for folder in inside.parts[:-1]))
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+def _splits_of(name: str, insides: list[Path], documents: bool) -> list[str]:
+    """The split of each file of a folder, by the words of its name and of the folders above it; train where none has any.
+
+    gsm_train.jsonl, test-00000-of-00002-a1b2.parquet, dev/a.jsonl. A document's name is its title too (test_utils.py): unless
+    every document names one split, only train.txt and the like do. Raises UserError where a test file could pass for training rows.
+    """
+    named = [_splits_in_words(inside) for inside in insides]
+    if documents and any(len(splits) != 1 for splits in named):
+        titles = [str(inside) for inside, splits in zip(insides, named, strict=True) if splits]
+        named = [_split_that_is_the_name(inside) for inside in insides]
+        if titles and not any(named):
+            say(f"data: {name}: one pile of documents, for not all are called after a split: {some_of(titles)}")
+    problems = [
+        f"data.name: folder {name!r}: {inside} names several splits ({', '.join(splits)}): call it after one"
+        for inside, splits in zip(insides, named, strict=True)
+        if len(splits) > 1
+    ]
+    without = [str(inside) for inside, splits in zip(insides, named, strict=True) if not splits]
+    if without and any(named):
+        of_split = [f"{inside} ({splits[0]})" for inside, splits in zip(insides, named, strict=True) if splits]
+        problems.append(
+            f"data.name: folder {name!r}: some files are named after a split, as {some_of(of_split)}, and others are not: "
+            f"{some_of(without)}. Put each below a folder called train, validation or test, or list in data.name what trains"
+        )
+    if problems:
+        raise UserError(problems)
+    return [splits[0] if splits else "train" for splits in named]
+
+
+def _splits_in_words(inside: Path) -> list[str]:
+    """All splits that the words of a path name: gsm_train.jsonl, train_sft/0.jsonl. The ending is none of its words."""
+    path = os.path.splitext(str(inside).lower().removesuffix(".gz"))[0]
+    return list(dict.fromkeys(SPLIT_NAMES[word] for word in re.split(r"[\W\d_]+", path) if word in SPLIT_NAMES))
+
+
+def _split_that_is_the_name(inside: Path) -> list[str]:
+    """The split that a folder or the file is called, numbers aside: test/a.txt, train-00000-of-00002.txt. The folder goes first."""
+    stem = re.sub(r"[-_]\d+(-of-\d+)?(-[0-9a-f]+)?$", "", inside.name.split(".")[0].lower())
+    words = (*(folder.lower() for folder in inside.parts[:-1]), stem)
+    return [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES][:1]
 
 
 def open_hub(name: str, data: Data) -> Source:
