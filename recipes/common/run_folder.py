@@ -265,9 +265,8 @@ class RunFolder:
             return
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # a Trainer makes it as it is built
-        ours = (
-            set() if self.dry else {"config.yaml", LOCK}
-        )  # a dry run writes none: it belongs to a run that is starting
+        # a dry run writes none: it belongs to a run that is starting
+        ours = set() if self.dry else {"config.yaml", LOCK}
         if {entry.name for entry in self.path.iterdir()} <= ours:
             shutil.rmtree(self.path)
             if self.replaced is not None:

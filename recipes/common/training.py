@@ -387,9 +387,8 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
             frame.report.finish()
-            stop_at_bad_weights(
-                [cast("nn.Module", trainer.model)], trainer.state.global_step, run
-            )  # saved by some last
+            # some save what they have after the last step
+            stop_at_bad_weights([cast("nn.Module", trainer.model)], trainer.state.global_step, run)
             # what follows has other shapes: evaluation and generation run eagerly
             cast("nn.Module", trainer.model)._compiled_call_impl = None
         if frame.interrupted:
