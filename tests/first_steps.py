@@ -40,6 +40,7 @@ TINY = {  # on a processor
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "batch_size": 4, "source_layers": 1,
     "block_length": 128, "input_length": 128, "row_length": 64, "max_bytes": 60_000, "unigram_max_bytes": 60_000,
     "vocabulary_size": 400, "rollouts": 8, "max_samples": 40, "longest_answer": 8, "written": 4,
+    "r": 4, "init_r": 6, "target_r": 4,
 }  # fmt: skip
 OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "adalora": {"adalora.tinit": 1, "adalora.tfinal": 1, "adalora.deltaT": 1, "training.max_steps": 4},

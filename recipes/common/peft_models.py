@@ -90,9 +90,10 @@ def _check_ranks(adapted: Any, section: str) -> None:
     """Raise UserError for a rank above what its layer can have, wherever the name of the layer comes from."""
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in adapted.named_modules():
-        most = min(layer.in_features, layer.out_features) if isinstance(layer, LoraLayer) else None
-        if most is not None and (asked := layer.r.get("default", 0)) > most:
+    layers: dict[str, Any] = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        asked, most = layer.r.get("default", 0), min(layer.in_features, layer.out_features)
+        if asked > most:
             key = "init_r" if section == "adalora" else "r"
             place = name.removeprefix("base_model.model.")
             raise UserError(f"{section}.{key}: {asked} is above what {place} can have, {most}")
