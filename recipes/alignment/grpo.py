@@ -130,9 +130,10 @@ def of_texts(function: Any) -> Any:
 def as_trl(
     function: Any, name: str, tokenizer: PreTrainedTokenizerBase, stops: list[int]
 ) -> Callable[..., list[float]]:
-    """A reward of ours, of `Answer`s and rows, as trl calls it. The answers are decoded again: trl leaves special tokens out, so that a run-on
-    answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in samples/. Raises
-    UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out without a word."""
+    """A reward of ours, of `Answer`s and rows, as trl calls it. The answers are decoded again: trl leaves special tokens
+    out, so that a run-on answer, `4<|user|>` say, would pass for `4`. What it saw last is kept in `.latest`, to be read in
+    samples/. Raises UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out
+    without a word."""
     from recipes.common.builtin.tasks import check
     from recipes.common.generation import decode, is_checkable
     from recipes.common.own_answers import Answer

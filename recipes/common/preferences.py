@@ -180,7 +180,7 @@ def words_baseline(train: Any, held_out: Any) -> float:
         return counts[better] - counts[worse]
 
     found = differences(train)
-    if found.shape[0] == 1:
+    if found.shape[0] == 1:  # a single comparison, both ways round
         found = found[[0, 0]]
     sign = np.where(np.arange(found.shape[0]) % 2, 1, -1)  # it takes two classes: every other pair the other way round
     model = LogisticRegression(fit_intercept=False, max_iter=300).fit(found.multiply(sign[:, None]).tocsr(), sign)
