@@ -82,13 +82,10 @@ class Bench:
 
     def learned(self, rows: Any, answers: Sequence[Sequence[int]]) -> list[float]:
         """The learned reward of answers that are ids."""
-        from recipes.common.generation import decode, stop_ids
-        from recipes.common.own_answers import Answer, reward_scores
+        from recipes.common.generation import as_answers, stop_ids
+        from recipes.common.own_answers import reward_scores
 
-        stops = stop_ids(self.start, self.tokenizer)
-        ended = [ids[-1] in stops for ids in answers]
-        texts = [decode(self.tokenizer, ids[:-1] if end else ids) for ids, end in zip(answers, ended, strict=True)]
-        alone = [[Answer(*one)] for one in zip(texts, ended, strict=True)]
+        alone = [[one] for one in as_answers(self.tokenizer, answers, stop_ids(self.start, self.tokenizer))]
         told = reward_scores(self.judge, self.tokenizer, rows, alone, EVALUATION.batch_size)
         return [one for (one,) in told]
 

@@ -88,7 +88,8 @@ def rank_own(
 
     With candidates `both`, the data's best answer is judged among the policy's. UserError if nothing is left.
     """
-    from recipes.common.own_answers import Answer, checker_scores, load_reward_model, reward_scores, sample_answers
+    from recipes.common.generation import Answer
+    from recipes.common.own_answers import checker_scores, load_reward_model, reward_scores, sample_answers
 
     dpo, args, evaluation = config.dpo, config.training, config.evaluation
     if dpo.judge == "checker":

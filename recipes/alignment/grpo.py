@@ -135,8 +135,7 @@ def as_trl(
     samples/. Raises UserError for nan, inf, or another number of rewards than answers: trl would leave such answers out
     without a word."""
     from recipes.common.builtin.tasks import check
-    from recipes.common.generation import decode, is_checkable
-    from recipes.common.own_answers import Answer
+    from recipes.common.generation import as_answers, is_checkable
     from recipes.common.verifiable_rewards import checked
 
     def reward(
@@ -146,9 +145,9 @@ def as_trl(
             key: values for key, values in columns.items() if isinstance(values, list) and len(values) == len(prompts)
         }
         rows = [{"prompt": p, **{key: values[i] for key, values in kept.items()}} for i, p in enumerate(prompts)]
-        ended = [bool(ids) and ids[-1] in stops for ids in completion_ids]
-        texts = [decode(tokenizer, ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)]
-        values = checked(function(list(map(Answer, texts, ended)), rows), len(texts), f"grpo.rewards: {name}")
+        answers = as_answers(tokenizer, completion_ids, stops)
+        texts = [answer.text for answer in answers]
+        values = checked(function(answers, rows), len(answers), f"grpo.rewards: {name}")
         if log_metric is not None and is_checkable(rows[0]):
             log_metric("true_score", sum(check(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows))
         reward.latest = list(zip(rows, texts, values, strict=True))  # type: ignore[attr-defined]

@@ -418,12 +418,18 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import enough_rows, preflight
     from recipes.common.shared_prompts import check_apart, check_window
-    from recipes.common.training import Loop, make_accelerator
+    from recipes.common.training import Loop, make_accelerator, refuse_unused
     from recipes.common.verifiable_rewards import find, tasks
 
     ppo, args, evaluation = config.ppo, config.training, config.evaluation
     if args.fsdp:
         raise UserError("ppo: FSDP cannot generate between updates; use LAUNCH=ddp, zero2 or zero3")
+    refuse_unused(args, {
+        "torch_compile": (False, "every batch has another shape"),
+        "label_smoothing_factor": (0.0, "no loss here has labels to smooth"),
+        "data_seed": (None, "training.seed decides the order of the rows"),
+        "per_device_eval_batch_size": (8, "evaluation.batch_size is what it measures with"),
+    })  # fmt: skip
     accelerator = count_accumulation(make_accelerator(args))
     rank, processes = accelerator.process_index, accelerator.num_processes
 

@@ -412,7 +412,8 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from recipes.common.rlhf import pad, positions, sequence_scores
+    from recipes.common.generation import positions_of
+    from recipes.common.rlhf import pad, sequence_scores
     from recipes.common.sharding import loaded_whole
 
     folder = run.save_model(model, tokenizer)
@@ -425,7 +426,7 @@ def save_and_reload(model: PreTrainedModel, tokenizer: Any, held_out: Any, run: 
         for side in ("left", "right"):
             ids, mask = (t.to(model.device) for t in pad(sequences, tokenizer.pad_token_id, side))
             # learned positions (GPT-2's) are counted from a row's first column unless it is told better
-            placed = {"position_ids": positions(mask)} if side == "left" else {}
+            placed = {"position_ids": positions_of(mask)} if side == "left" else {}
             kept = sequence_scores(model, ids, mask)
             loaded = reloaded(input_ids=ids, attention_mask=mask, **placed).logits[:, 0]
             if not torch.allclose(loaded.float(), kept, atol=1e-3 if model.dtype == torch.float32 else 0.1):
@@ -458,14 +459,12 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.sft import plain_logits
     from recipes.common.sharding import sharded, whole_model
     from recipes.common.shared_prompts import check_apart, check_window
-    from recipes.common.training import fit
+    from recipes.common.training import fit, refuse_unused
 
-    for key, usual, why in (
-        ("label_smoothing_factor", 0.0, "the ranking loss has no labels to smooth"),
-        ("data_seed", None, "training.seed decides the order of the rows"),
-    ):
-        if (value := getattr(config.training, key)) != usual:
-            raise UserError(f"training.{key}: {value} has no say here: {why}; leave it out")
+    refuse_unused(config.training, {
+        "label_smoothing_factor": (0.0, "the ranking loss has no labels to smooth"),
+        "data_seed": (None, "training.seed decides the order of the rows"),
+    })  # fmt: skip
     if config.reward.optimizer == "muon":
         check_muon(config.training)
     tokenizer = load_tokenizer(config.model, run, chat=True)

@@ -173,6 +173,7 @@ def collate(task: Task, rows: list[Any], args: SFTConfig) -> dict[str, torch.Ten
     import torch
 
     from recipes.common import labelling
+    from recipes.common.generation import positions_of
     from recipes.common.text_to_text import batch_of
 
     if task.type == "SEQ_2_SEQ_LM":
@@ -185,7 +186,7 @@ def collate(task: Task, rows: list[Any], args: SFTConfig) -> dict[str, torch.Ten
     )  # fmt: skip
     if task.tokenizer.padding_side == "left" and "position_ids" in signature(task.base.forward).parameters:
         # told apart by nothing else, learned positions would count the padding
-        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        batch["position_ids"] = positions_of(batch["attention_mask"])
     return {**batch, "labels": torch.tensor([task.classes.index(row["label"]) for row in rows])}
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from recipes.common.builtin import tasks
 from recipes.common.errors import UserError
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 FIRST_PART = 2  # tokens
+
+
+class Answer(NamedTuple):
+    """What a model wrote."""
+
+    text: str  # without its stop token
+    ended: bool = True  # with a stop token; else it was cut, and what would have followed nobody knows
 
 
 def generate(
@@ -52,7 +59,7 @@ def generate(
         model, prompt_ids(tokenizer, prompts), stop=stops, pad=pad_id(tokenizer), max_new_tokens=max_new_tokens,
         batch_size=batch_size, temperature=temperature, seed=seed, bf16=bf16,
     )  # fmt: skip
-    return [decode(tokenizer, answer[:-1] if answer and answer[-1] in stops else answer) for answer in answers]
+    return [answer.text for answer in as_answers(tokenizer, answers, stops)]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
@@ -61,6 +68,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) 
         return []
     encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
     return encoded["input_ids"]
+
+
+def as_answers(
+    tokenizer: PreTrainedTokenizerBase, written: Iterable[Sequence[int]], stops: Sequence[int]
+) -> list[Answer]:
+    """What each list of new tokens says, and whether it ends in one of the tokens `stops`."""
+    ended = [(ids, bool(ids) and ids[-1] in stops) for ids in written]
+    return [Answer(decode(tokenizer, ids[:-1] if end else ids), end) for ids, end in ended]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -159,8 +174,9 @@ def _read_once(base: Any, ids: Tensor, mask: Tensor) -> Any:
         return None
     asked, there = distinct[:, : width - 1], distinct[:, width:-1]  # (prompts, width - 1) each
     cache = DynamicCache(config=base.config)
-    positions = (there.cumsum(dim=1) - 1).clamp(min=0)
-    stack(input_ids=asked, attention_mask=there, position_ids=positions, past_key_values=cache, use_cache=True)
+    stack(
+        input_ids=asked, attention_mask=there, position_ids=positions_of(there), past_key_values=cache, use_cache=True
+    )
     return _rows_of(cache, which, width - 1)
 
 
@@ -289,6 +305,11 @@ def check_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             f"tokens ({named}), so that no answer would ever be seen to end: make it the tokenizer's eos_token, add its id "
             f"{end} to eos_token_id in the checkpoint's generation_config.json, or give another model.chat_template"
         )
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """[B, L] -> [B, L], each real token's position counted from its row's first real token (padding gets 0)."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,9 +6,10 @@ Made-up mistakes are not the ones that a policy makes: to learn which answers to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
+from recipes.common.generation import Answer
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Evaluation, Model
 
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-
-
-class Answer(NamedTuple):
-    """What a policy wrote."""
-
-    text: str  # without its stop token
-    ended: bool = True  # with a stop token; else it was cut, and what would have followed nobody knows
 
 
 def sample_answers(
@@ -38,7 +32,7 @@ def sample_answers(
     """`count` answers to the prompt of each row, at temperature 1. Several processes share the rows; all get all."""
     import torch.distributed as dist
 
-    from recipes.common.generation import decode, generate_ids, pad_id, prompt_ids, prompt_of, stop_ids
+    from recipes.common.generation import as_answers, generate_ids, pad_id, prompt_ids, prompt_of, stop_ids
 
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -48,8 +42,7 @@ def sample_answers(
         policy, prompt_ids(tokenizer, prompts), stop=stops, pad=pad_id(tokenizer), temperature=1.0, seed=seed + rank,
         max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size, bf16=bf16,
     )  # fmt: skip
-    ended = [ids[-1] in stops for ids in written]
-    flat = [Answer(decode(tokenizer, ids[:-1] if end else ids), end) for ids, end in zip(written, ended, strict=True)]
+    flat = as_answers(tokenizer, written, stops)
     mine = [flat[i : i + count] for i in range(0, len(flat), count)]
     shares: list[Any] = [mine]
     if several:

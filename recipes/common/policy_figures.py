@@ -48,13 +48,13 @@ def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, promp
     The logits at position t are for token t+1: those of the R response tokens stand at P-1 .. P+R-2. So the last token
     is not fed at all, and the first P-1 positions, most of a short answer's sequence, never reach the vocabulary.
     """
-    from recipes.common.rlhf import positions
+    from recipes.common.generation import positions_of
 
     ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
     return model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions(mask),
+        position_ids=positions_of(mask),
         logits_to_keep=input_ids.shape[1] - prompt_length,
         use_cache=False,
     )

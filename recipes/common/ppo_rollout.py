@@ -98,7 +98,7 @@ def answer(
     """Sample an answer of at most `longest` tokens to each prompt, `at_once` at a time; rewards are 0 as yet."""
     import torch
 
-    from recipes.common.generation import generate_ids, stop_ids
+    from recipes.common.generation import as_answers, generate_ids, stop_ids
 
     fill = models.tokenizer.pad_token_id
     stop = stop_ids(accelerator.unwrap_model(models.learner).policy, models.tokenizer)
@@ -112,13 +112,13 @@ def answer(
                     policy, prompts, stop=stop, pad=fill, max_new_tokens=longest, batch_size=at_once,  # type: ignore[arg-type]
                     temperature=1.0, seed=seed, bf16=args.bf16,
                 )  # fmt: skip
-    device = accelerator.device
+    device, written = accelerator.device, as_answers(models.tokenizer, ids, stop)
     return Answers(
         rows=rows,
         prompts=prompts,
         ids=ids,
-        texts=[models.tokenizer.decode(one[:-1] if one[-1] in stop else one) for one in ids],  # type: ignore[misc]
-        stopped=torch.tensor([one[-1] in stop for one in ids], device=device),
+        texts=[one.text for one in written],
+        stopped=torch.tensor([one.ended for one in written], device=device),
         lengths=torch.tensor([float(len(one)) for one in ids], device=device),
         rewards=torch.zeros(len(ids), device=device),
         seconds=seconds,

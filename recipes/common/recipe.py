@@ -24,7 +24,8 @@ from recipes.common import machine
 from recipes.common.config import Loaded, help_text, load_config, to_yaml
 from recipes.common.errors import DryRunDone, Interrupted, UserError
 from recipes.common.launch import check_sharding, check_world_size, environment_defaults, launcher_arguments
-from recipes.common.run_folder import RunFolder, open_folder, plain, wait_for_everyone, write_atomically
+from recipes.common.run_folder import RunFolder, plain, wait_for_everyone, write_atomically
+from recipes.common.run_opening import open_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_NAME = 200  # bytes of a run's name: a file system takes 255, and a file beside the folder is named after it

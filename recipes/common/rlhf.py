@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.common.errors import UserError
+from recipes.common.generation import positions_of
 from recipes.common.sharding import gathered
 from recipes.common.shared_prompts import Rows, at_columns, attention_mask
 
@@ -87,11 +88,6 @@ def last_real_token(attention_mask: Tensor) -> Tensor:
     if not bool(attention_mask.any(dim=1).all()):
         raise ValueError("a row of the batch has no real token")
     return attention_mask.shape[1] - 1 - attention_mask.flip(1).to(torch.int8).argmax(dim=1)
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """[B, L] -> [B, L], each real token's position counted from its sequence's first real token (padding gets 0)."""
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 # ---------------------------------------------------------------- log-probabilities
@@ -319,7 +315,7 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     What `model(input_ids, attention_mask).logits` gives, except that real tokens are known by the mask, not by being
     other than the pad token, and that the head is not rounded to bf16.
     """
-    states = backbone_states(model, input_ids, attention_mask, positions(attention_mask))
+    states = backbone_states(model, input_ids, attention_mask, positions_of(attention_mask))
     return score_head(model, states[torch.arange(len(states), device=states.device), last_real_token(attention_mask)])
 
 

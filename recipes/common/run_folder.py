@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
+from recipes.common import run_lock
 from recipes.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,36 +110,12 @@ class RunFolder:
 
     def lock(self) -> None:
         """Hold the folder until `unlock`, or until the process ends, killed or not. UserError if another process holds it."""
-        import fcntl
-
-        file = open(self.path / LOCK, "a+")  # noqa: SIM115  # open as long as it is held
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise UserError(
-                f"another process (pid {holder or 'unknown'}) is running in {self.path}: wait until it has ended, or choose "
-                "another --run.name"
-            ) from None
-        except OSError:  # a file system without locks, where two runs in one folder are not found out
-            pass
-        if not _lies_there(file):
-            file.close()
-            self.lock()
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        self._lock = file
+        self._lock = run_lock.take(self.path)
 
     def unlock(self) -> None:
         """Let others have the folder."""
         if self._lock is not None:
-            if _lies_there(self._lock):
-                Path(self._lock.name).unlink()
-            self._lock.close()
+            run_lock.release(self._lock)
             self._lock = None
 
     @property
@@ -266,7 +243,7 @@ class RunFolder:
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # a Trainer makes it as it is built
         # a dry run writes none: it belongs to a run that is starting
-        ours = set() if self.dry else {"config.yaml", LOCK}
+        ours = set() if self.dry else {"config.yaml", run_lock.NAME}
         if {entry.name for entry in self.path.iterdir()} <= ours:
             shutil.rmtree(self.path)
             if self.replaced is not None:
@@ -281,7 +258,7 @@ class RunFolder:
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed before it began
         os.replace(self.path, aside)
         self.unlock()  # what was held went with it
-        (aside / LOCK).unlink()
+        (aside / run_lock.NAME).unlink()
         self.replaced = aside
         self.path.mkdir()
         self.lock()
@@ -333,14 +310,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-LOCK = ".lock"  # a file in the run folder, held by the main process of the run
 COMPLETE = "complete"  # a file that is put into a checkpoint last: without it the folder is a half-written one
-
-
-def _lies_there(lock: IO[str]) -> bool:
-    """Whether an open lock file is still the one in the folder: the run that held it removes it as it ends."""
-    path = Path(lock.name)
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
@@ -354,99 +324,3 @@ def drop_half_written_checkpoints(checkpoints: Path) -> None:
     for folder in checkpoints.glob("checkpoint-*"):
         if not (folder / COMPLETE).exists():
             shutil.rmtree(folder)
-
-
-def open_folder(
-    path: Path, *, recipe: str, fingerprint: str, resume: bool, overwrite: bool, dry: bool, given: set[str]
-) -> RunFolder:
-    """Open the folder of a run, new, resumed or overwritten. Rank 0 does the work.
-
-    `fingerprint` is the resolved config as YAML; resuming under another config is refused with the first difference.
-    Raises UserError when the folder belongs to another run, cannot be written, or has nothing to resume.
-    """
-    run = RunFolder(path, recipe=recipe, dry=dry, given=given)
-    if dry:
-        return run
-    if resume and overwrite:
-        raise UserError(
-            "run.resume and run.overwrite contradict each other: the one goes on with what is there, the other deletes it"
-        )
-    try:
-        if run.is_main:
-            _prepare(run, fingerprint, resume, overwrite)
-        if resume:
-            _take_up(run)
-    except BaseException:
-        run.unlock()
-        raise
-    return run
-
-
-def _take_up(run: RunFolder) -> None:
-    """Where a resumed run goes on, and what the sittings before it took. Raises UserError where that cannot be read."""
-    run.resume_from = last_complete_checkpoint(run.checkpoints)
-    if run.resume_from is None:
-        run.say(f"{run.path} holds no complete checkpoint to go on from: starting afresh")
-    else:
-        try:
-            told = json.loads((run.resume_from / COMPLETE).read_text())
-            run.seconds_before = told["wall_seconds"]
-            run.figures |= told["speed"]  # until this sitting has taken enough steps to measure its own
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{run.resume_from / COMPLETE} is damaged: delete {run.resume_from} to go on from the checkpoint before it"
-            ) from error
-    run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
-
-
-def _what_decides(config: str) -> list[str]:
-    """The lines of a config that decide how a run ends: how long one sitting of it may take does not."""
-    return [line for line in config.splitlines() if not line.startswith("  time_limit_minutes:")]
-
-
-def _prepare(run: RunFolder, fingerprint: str, resume: bool, overwrite: bool) -> None:
-    """Make the folder ready and hold it; a run that is to be overwritten is put aside until the new one has begun."""
-    path, config = run.path, run.path / "config.yaml"
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, not a run folder: choose another --run.name or --run.root")
-    taken = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
-    if taken and not config.exists():
-        refused = "not deleting it" if overwrite else "not writing into it"
-        raise UserError(
-            f"{path} holds files but no config.yaml, so no recipe made it: {refused}; choose another --run.name"
-        )
-    # a job put back may not have got this far
-    if resume and not taken and int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
-        raise UserError(
-            f"nothing to resume: {path} does not exist or is empty; leave out --run.resume, or check --run.name"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        run.lock()
-        if config.exists() and overwrite:
-            run.put_aside()
-        elif config.exists() and resume:
-            _check_same_config(path, config.read_text(), fingerprint)
-        elif config.exists():
-            done = (path / "metrics.json").exists()
-            raise UserError(
-                f"{path} already holds {'a finished' if done else 'an unfinished'} run: choose another --run.name, "
-                "--run.resume true to go on with it, or --run.overwrite true to delete it"
-            )
-        write_atomically(config, fingerprint)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the run folder {path}: {error.strerror}; choose another --run.root"
-        ) from error
-
-
-def _check_same_config(path: Path, written: str, fingerprint: str) -> None:
-    """Raise UserError with the first line in which a run's config differs from the one that is to go on with it."""
-    before, now = _what_decides(written), _what_decides(fingerprint)
-    if before and before != now:
-        changed = [
-            f"`{new.strip()}` (was `{old.strip()}`)" for old, new in zip(before, now, strict=False) if old != new
-        ] or ["its length"]
-        raise UserError(
-            f"cannot resume {path}: its config was another one: {changed[0]}; give the same config, or a new --run.name"
-        )

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -96,6 +97,10 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
         problems.append(
             "training.push_to_hub: nothing is uploaded from here; leave it out, and `hf upload` the model/ folder"
         )
+    if given.get("chat_template_path"):
+        problems.append(
+            "training.chat_template_path: model.chat_template takes the file, in every recipe; leave this one out"
+        )
     for key, known in _library_choices().items():
         if given.get(key) not in (None, *known):
             problems.append(f"training.{key} must be one of {', '.join(known)}, not {given[key]!r}")
@@ -110,6 +115,8 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
         )
     if given.get("use_cpu") is False and not machine.has_gpu():
         problems.append("training.use_cpu: false, but torch sees no GPU; leave it out")
+    if given.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        problems.append("training.use_liger_kernel: true needs the package liger-kernel; install it, or leave it out")
     if given.get("activation_offloading") and not machine.has_gpu():
         problems.append("training.activation_offloading: true, but there is no GPU to take them from; leave it out")
     if problems:
@@ -134,6 +141,17 @@ def training_defaults(output_dir: Path, given: dict[str, Any]) -> dict[str, tupl
     return chosen
 
 
+def refuse_unused(args: TrainingArguments, unused: dict[str, tuple[Any, str]]) -> None:
+    """Raise UserError for settings that a recipe does not read: key -> (the value that says nothing, why it is not read)."""
+    given = {key: getattr(getattr(args, key), "value", getattr(args, key)) for key in unused}
+    if problems := [
+        f"training.{key}: {', '.join(value) if isinstance(value, list) else value} has no say here: {why}; leave it out"
+        for key, (usual, why) in unused.items()
+        if (value := given[key]) != usual
+    ]:
+        raise UserError(problems)
+
+
 def _library_choices() -> dict[str, list[str]]:
     """What transformers types as any text, and then takes only some of: without this, in the middle of a traceback."""
     from accelerate.utils import DynamoBackend
@@ -145,6 +163,18 @@ def _library_choices() -> dict[str, list[str]]:
     return {
         "log_level": levels, "log_level_replica": levels, "torch_compile_backend": backends, "packing_strategy": packing,
     }  # fmt: skip
+
+
+def on_any_process(happened: bool) -> bool:
+    """Whether it happened on one of the processes at least; all get the same answer, so all must ask."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return happened
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor([happened], dtype=torch.int32, device="cuda" if machine.has_gpu() else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 class StopSignals:
@@ -179,15 +209,8 @@ class StopSignals:
         """Whether to stop now; with several processes all get the same answer (a scheduler may signal only one of them)."""
         if self._deadline is not None and time.perf_counter() > self._deadline and self.reason is None:
             self.reason = "run.time_limit_minutes"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            import torch
-            import torch.distributed as dist
-
-            device = "cuda" if machine.has_gpu() else "cpu"
-            flag = torch.tensor([self.reason is not None], dtype=torch.int32, device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            if flag.item() and self.reason is None:
-                self.reason = "another process was asked to stop"
+        if on_any_process(self.reason is not None) and self.reason is None:
+            self.reason = "another process was asked to stop"
         return self.reason is not None
 
 
@@ -307,14 +330,7 @@ def stop_at_bad_weights(models: Sequence[nn.Module], step: int, run: RunFolder) 
         return shard.to_local() if hasattr(shard, "to_local") else shard
 
     weights = [weight for model in models for weight in model.parameters() if weight.requires_grad]
-    bad = not all(bool(torch.isfinite(local(weight)).all()) for weight in weights)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch.distributed as dist
-
-        flag = torch.tensor([bad], dtype=torch.int32, device="cuda" if machine.has_gpu() else "cpu")
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        bad = bool(flag.item())
-    if bad:
+    if on_any_process(not all(bool(torch.isfinite(local(weight)).all()) for weight in weights)):
         raise _diverged(f"a weight is not a finite number after step {step}", run)
 
 
@@ -504,27 +520,12 @@ def make_accelerator(args: TrainingArguments, **options: Any) -> Accelerator:
     """
     from accelerate import Accelerator
 
-    told = {
-        "eval_strategy": (args.eval_strategy, "no", "this recipe measures before the first step and after the last"),
-        "save_strategy": (args.save_strategy, "steps", "it saves every training.save_steps, so that it can be resumed"),
-        "report_to": (",".join(args.report_to or ()), "", "its figures are in metrics.jsonl"),
-        "torch_compile": (args.torch_compile, False, "every batch has another shape"),
-        "neftune_noise_alpha": (args.neftune_noise_alpha, None, "nothing adds noise to its embeddings"),
-        "label_smoothing_factor": (args.label_smoothing_factor, 0.0, "its loss has no labels to smooth"),
-        "data_seed": (args.data_seed, None, "training.seed decides the order of the rows"),
-        "per_device_eval_batch_size": (
-            args.per_device_eval_batch_size,
-            8,
-            "evaluation.batch_size is what it measures with",
-        ),
-    }
-    if problems := [
-        f"training.{key}: {getattr(value, 'value', value)} has no say in a loop without a Trainer: {why}; leave it out"
-        for key, (value, usual, why) in told.items()
-        if getattr(value, "value", value) != usual
-    ]:
-        raise UserError(problems)
-
+    refuse_unused(args, {
+        "eval_strategy": ("no", "a loop without a Trainer measures before the first step and after the last"),
+        "save_strategy": ("steps", "a loop without a Trainer saves every training.save_steps, so that it can be resumed"),
+        "report_to": ([], "the figures of a loop without a Trainer are in metrics.jsonl"),
+        "neftune_noise_alpha": (None, "without a Trainer nothing adds noise to the embeddings"),
+    })  # fmt: skip
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         gradient_accumulation_steps=args.gradient_accumulation_steps,

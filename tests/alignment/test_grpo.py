@@ -169,7 +169,8 @@ def test_what_a_reward_must_not_give_is_refused(tiny, told, said):
 def test_a_reward_model_that_gives_no_number_is_refused(tiny):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from recipes.common.own_answers import Answer, reward_scores
+    from recipes.common.generation import Answer
+    from recipes.common.own_answers import reward_scores
 
     judge = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
     judge.score.weight.data.fill_(float("nan"))

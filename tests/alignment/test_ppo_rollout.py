@@ -10,6 +10,7 @@ import torch
 from recipes.alignment import ppo
 from recipes.common import ppo_rollout, rlhf
 from recipes.common.errors import UserError
+from recipes.common.generation import positions_of
 from recipes.common.sections import Data, Evaluation, Model, Run
 from tests.alignment.ppo_by_hand import Setup, weights_of, whole
 
@@ -75,7 +76,7 @@ def test_critic_started_from_the_reward_model_ends_at_the_reward(tiny, judge):
     setup = Setup(tiny, judge, missing_stop_penalty=0.0, reward_clip=1e9)
     rollout = setup.collect()
     mask = whole(rollout).attention_mask
-    states = rlhf.backbone_states(setup.model.critic, whole(rollout).input_ids, mask, rlhf.positions(mask))
+    states = rlhf.backbone_states(setup.model.critic, whole(rollout).input_ids, mask, positions_of(mask))
     last = rlhf.last_real_token(whole(rollout).attention_mask)
     values = (rlhf.score_head(setup.model.critic, states) - setup.model.mean) / setup.model.std
     torch.testing.assert_close(values[torch.arange(8), last], rollout.rewards, atol=1e-5, rtol=1e-5)

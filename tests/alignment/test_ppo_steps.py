@@ -11,6 +11,7 @@ import torch
 from recipes.alignment import ppo
 from recipes.common import policy_figures, ppo_measure, ppo_rollout, rlhf
 from recipes.common.errors import UserError
+from recipes.common.generation import positions_of
 from tests.alignment.ppo_by_hand import Setup, answer_in_lengths, digest, weights_of, whole
 from tests.alignment.reward_functions import letters
 
@@ -55,7 +56,7 @@ def test_prompt_and_padding_never_get_loss(tiny, judge):
         logits = setup.policy(
             whole(rollout).input_ids,
             attention_mask=whole(rollout).attention_mask,
-            position_ids=rlhf.positions(whole(rollout).attention_mask),
+            position_ids=positions_of(whole(rollout).attention_mask),
         ).logits.detach()
         chooses = torch.zeros(whole(rollout).input_ids.shape, dtype=torch.bool)
         chooses[:, length - 1 : -1] = mask.bool()  # position t chooses token t + 1
@@ -78,7 +79,7 @@ def test_response_logits_are_those_that_choose_the_response(tiny, judge):
     full = setup.policy(
         whole(rollout).input_ids,
         attention_mask=whole(rollout).attention_mask,
-        position_ids=rlhf.positions(whole(rollout).attention_mask),
+        position_ids=positions_of(whole(rollout).attention_mask),
     ).logits
     cut = policy_figures.response_logits(
         setup.policy, whole(rollout).input_ids, whole(rollout).attention_mask, whole(rollout).prompt_length

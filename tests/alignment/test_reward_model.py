@@ -12,6 +12,7 @@ import torch
 from recipes.alignment import reward_model
 from recipes.common import preferences as figures_of
 from recipes.common import rlhf
+from recipes.common.generation import positions_of
 from recipes.common.recipe import run_recipe
 from recipes.common.shared_prompts import Rows, attention_mask
 
@@ -58,7 +59,7 @@ def test_score_is_read_at_the_last_real_token_whatever_the_padding(scorer):
             ids, mask = rlhf.pad(sequences, 0, side)
             assert ids.shape == (3, 6) and mask.sum(1).tolist() == [4, 2, 6]
             torch.testing.assert_close(rlhf.sequence_scores(scorer, ids, mask), alone, atol=1e-6, rtol=1e-5)
-            library = scorer(input_ids=ids, attention_mask=mask, position_ids=rlhf.positions(mask)).logits[:, 0]
+            library = scorer(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits[:, 0]
             torch.testing.assert_close(library, alone, atol=1e-6, rtol=1e-5)  # what a stock from_pretrained serves
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recipes.common import rlhf
+from recipes.common.generation import positions_of
 
 
 def left_to_right(*rows: int, width: int) -> torch.Tensor:
@@ -246,7 +247,7 @@ def test_token_logprobs_and_entropy_equal_the_definition():
 def test_last_real_token_and_positions_under_both_paddings():
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
     assert rlhf.last_real_token(mask).tolist() == [2, 4, 4, 2]
-    assert rlhf.positions(mask).tolist() == [[0, 1, 2, 2, 2], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 1]]
+    assert positions_of(mask).tolist() == [[0, 1, 2, 2, 2], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 1]]
     with pytest.raises(ValueError, match="no real token"):
         rlhf.last_real_token(torch.tensor([[1, 0], [0, 0]]))
 

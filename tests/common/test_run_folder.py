@@ -21,10 +21,10 @@ from recipes.common.run_folder import (
     draw_curve,
     folder_written_atomically,
     last_complete_checkpoint,
-    open_folder,
     write_atomically,
     write_errors_explained,
 )
+from recipes.common.run_opening import open_folder
 
 CONFIG = "training:\n  max_steps: 3\nrun:\n  name: default\n"
 
@@ -196,7 +196,7 @@ def test_a_folder_in_which_a_process_runs_is_not_another_s(tmp_path: Path) -> No
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     code = f"""import sys, time
 from pathlib import Path
-from recipes.common.run_folder import open_folder
+from recipes.common.run_opening import open_folder
 run = open_folder(Path({str(tmp_path / "run")!r}), recipe="test", fingerprint={CONFIG!r}, resume=False, overwrite=False,
     dry=False, given=set())
 print("held", flush=True)

@@ -18,7 +18,8 @@ import torch
 from recipes.common import machine, training
 from recipes.common.errors import Interrupted, UserError
 from recipes.common.machine import Choice
-from recipes.common.run_folder import RunFolder, last_complete_checkpoint, open_folder
+from recipes.common.run_folder import RunFolder, last_complete_checkpoint
+from recipes.common.run_opening import open_folder
 from recipes.common.training import (
     Loop,
     StepReport,
@@ -257,7 +258,7 @@ def test_a_loop_refuses_what_only_a_trainer_does(arguments: Any) -> None:
     assert [problem.split(" has no say")[0] for problem in caught.value.problems] == [
         "training.eval_strategy: epoch", "training.report_to: tensorboard",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"training\.save_strategy: best has no say.*it saves every"):
+    with pytest.raises(UserError, match=r"training\.save_strategy: best has no say.*saves every"):
         make_accelerator(arguments(save_strategy="best"))
 
 
@@ -440,6 +441,8 @@ def test_what_the_frame_fills_in_says_where_it_is_from(monkeypatch: pytest.Monke
         ),
         ({"gradient_checkpointing_kwargs": {"use_reentrnt": False}}, "no use_reentrnt; did you mean use_reentrant?"),
         ({"push_to_hub": True}, "training.push_to_hub: nothing is uploaded from here"),
+        ({"chat_template_path": "x.jinja"}, "training.chat_template_path: model.chat_template takes the file"),
+        ({"use_liger_kernel": True}, "training.use_liger_kernel: true needs the package liger-kernel"),
         ({"bf16": True}, "training.bf16: true, but this processor lacks it; leave it out"),
         ({"fp16": True}, "training.fp16: true needs a GPU"),
         ({"torch_compile": True}, "training.torch_compile: true, but no compiler; leave it out"),
@@ -453,6 +456,7 @@ def test_what_this_machine_cannot_do_is_refused(
     monkeypatch.setattr(machine, "choose_bf16", lambda: Choice(False, "this processor lacks it"))
     monkeypatch.setattr(machine, "can_compile", lambda: Choice(False, "no compiler"))
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=says):
         training_defaults(Path("x"), given)
 

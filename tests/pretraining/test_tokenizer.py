@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from recipes.common import tokenizer_figures
 from recipes.common.chat import CHAT_TEMPLATE, encode_plain, special_tokens
 from recipes.common.errors import UserError
 from recipes.common.recipe import run_recipe
@@ -146,7 +147,7 @@ def test_a_smaller_bpe_is_the_one_trained_at_that_size(texts, bpe, held_out):
 @pytest.mark.parametrize("text", ["1234567", "x=3.14159e10", "2024年10月", "a1b22c333", " 42 ", "0x7FFF", "1 000"])
 def test_every_digit_is_its_own_token(tokenizers, text):
     for kind in ("bpe", "unigram", "sentencepiece"):
-        tokens = recipe.readable(tokenizers[kind], text)
+        tokens = tokenizer_figures.readable(tokenizers[kind], text)
         digits = [token for token in tokens if set(token) & set(string.digits) and not token.startswith("<0x")]
         assert digits == [character for character in text if character in string.digits], kind
 
@@ -159,14 +160,14 @@ def test_a_trained_bpe_has_no_token_with_a_digit_in_it(bpe):
 def test_python_lines(bpe):
     """A line's end takes the indentation but for its last space, so a word is the same token wherever it stands."""
     source = "def f(self):\n        return self\n\n    return 1\n"
-    assert recipe.readable(bpe, source) == [
+    assert tokenizer_figures.readable(bpe, source) == [
         "def", "␣f", "(self", "):⏎␣␣␣␣␣␣␣", "␣return", "␣self", "⏎⏎␣␣␣", "␣return", "␣", "1", "⏎",
     ]  # fmt: skip
 
 
 def test_chinese_punctuation_stands_alone(bpe):
     """Otherwise an item is one token at the start of a list and another one after a comma."""
-    tokens = recipe.readable(bpe, "苹果、梨、桃子、苹果")
+    tokens = tokenizer_figures.readable(bpe, "苹果、梨、桃子、苹果")
     assert [token for token in tokens if "、" in token] == ["、"] * 3
 
 
@@ -198,7 +199,7 @@ def test_bpe_gives_back_odd_text(bpe, text):
 
 
 def unknown_rate(tokenizer: PreTrainedTokenizerFast, text: str) -> float:
-    return recipe.unknown_rate(encode_plain(tokenizer, [text]), tokenizer.unk_token_id)
+    return tokenizer_figures.unknown_rate(encode_plain(tokenizer, [text]), tokenizer.unk_token_id)
 
 
 def comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
@@ -217,7 +218,7 @@ def test_characters_without_bytes_are_unknown(tokenizers):
     for kind in ("wordpiece", "unigram"):
         assert unknown_rate(tokenizers[kind], UNSEEN) > 0.3, kind
         assert unknown_rate(tokenizers[kind], "the answer is 12") == 0, kind
-    assert recipe.readable(tokenizers["wordpiece"], "a გამარჯობა b") == ["a", "<|unk|>", "b"]
+    assert tokenizer_figures.readable(tokenizers["wordpiece"], "a გამარჯობა b") == ["a", "<|unk|>", "b"]
 
 
 def test_what_comes_back(tokenizers, held_out):
@@ -276,8 +277,8 @@ def test_the_fast_sentencepiece_encodes_as_the_library_does(texts, held_out, alg
 def test_no_dummy_prefix_and_no_lost_spaces(tokenizers):
     """The sentencepiece library's defaults put a space before a text and make one of several."""
     fast = tokenizers["sentencepiece"]
-    assert recipe.readable(fast, "self") == ["self"]
-    assert "".join(recipe.readable(fast, "  x  ")) == "␣␣x␣␣"
+    assert tokenizer_figures.readable(fast, "self") == ["self"]
+    assert "".join(tokenizer_figures.readable(fast, "  x  ")) == "␣␣x␣␣"
     assert fast.decode(encode_plain(fast, ["▁"])[0]) == " "  # the documented exception: U+2581 is how it writes a space
 
 
@@ -312,7 +313,7 @@ def test_what_is_saved_loads_to_the_same(tokenizers, kind, tmp_path, held_out):
     assert files == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # nothing that could run code
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(loaded, PreTrainedTokenizerFast)
-    texts = [held_out, *recipe.EXAMPLES, UNSEEN, *odd_lines(1)[:300]]
+    texts = [held_out, *tokenizer_figures.EXAMPLES, UNSEEN, *odd_lines(1)[:300]]
     assert encode_plain(loaded, texts) == encode_plain(tokenizer, texts)
     assert loaded.chat_template == CHAT_TEMPLATE
     assert loaded.apply_chat_template(MESSAGES, return_dict=False) == tokenizer.apply_chat_template(
@@ -330,17 +331,19 @@ def test_what_is_saved_loads_to_the_same(tokenizers, kind, tmp_path, held_out):
 
 def test_figures_by_hand(bpe):
     ids = encode_plain(bpe, ["12 345"])  # 1 2 ␣ 3 4 5
-    assert recipe.bytes_per_token(["12 345"], ids) == 1.0
-    assert recipe.bytes_per_token(["苹果"], [[7, 8, 9]]) == 2.0
-    assert recipe.fertility(["12 345"], ids) == 3.0
-    assert recipe.fertility(["12 345"], ids, unit=r"\S") == 6 / 5
-    assert recipe.unknown_rate([[2, 5], [2, 2]], unk=2) == 0.75
-    assert recipe.unknown_rate([[2, 5]], unk=None) == 0
-    assert recipe.readable(bpe, "გ") == ["<0xE1>", "<0x83>", "<0x92>"]
+    assert tokenizer_figures.bytes_per_token(["12 345"], ids) == 1.0
+    assert tokenizer_figures.bytes_per_token(["苹果"], [[7, 8, 9]]) == 2.0
+    assert tokenizer_figures.fertility(["12 345"], ids) == 3.0
+    assert tokenizer_figures.fertility(["12 345"], ids, unit=r"\S") == 6 / 5
+    assert tokenizer_figures.unknown_rate([[2, 5], [2, 2]], unk=2) == 0.75
+    assert tokenizer_figures.unknown_rate([[2, 5]], unk=None) == 0
+    assert tokenizer_figures.readable(bpe, "გ") == ["<0xE1>", "<0x83>", "<0x92>"]
 
 
 def test_docstrings():
-    assert list(recipe.docstrings('"""A."""\nclass B:\n    def c(self):\n        """D\n\n        e."""\n')) == [
+    assert list(
+        tokenizer_figures.docstrings('"""A."""\nclass B:\n    def c(self):\n        """D\n\n        e."""\n')
+    ) == [
         "A.",
         "D\n\ne.",
     ]
