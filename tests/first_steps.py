@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,35 @@ def write(config: Path, folder: Path, full: bool) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(yaml.safe_dump(few_steps(config, folder, full), sort_keys=False))
     return place
+
+
+# ---------------------------------------------------------------- on a processor
+
+
+def configs_of(chapter: str) -> list[Path]:
+    """A chapter's gpu.yaml and cluster.yaml files; ppo's last: it takes what reward_model's leave."""
+    found = [config for config in (*GPU, *CLUSTER) if config.parents[1].name == chapter]
+    return sorted(found, key=lambda config: (config.parent.name == "ppo", config))
+
+
+def named(config: Path) -> str:
+    """`lora-gpu`, for the name of a test."""
+    return f"{config.parent.name}-{config.stem}"
+
+
+def takes_its_first_steps(run_in_process: Callable[..., Any], hub: Path, config: Path) -> None:
+    """Assert that a config runs to its end, tiny, in a processor's numbers; stand-ins and runs go below `hub`."""
+    from recipes.common import machine
+
+    chapter, recipe = config.parts[-3:-1]
+    line = ["--config", str(write(config, hub, full=False)), "--run.name", config.stem]
+    if recipe != "tokenizer":
+        line += ["--training.bf16", "false"]
+        if not machine.choose_bf16().value:  # emulated, a bf16 product takes a hundred times as long
+            line += ["--model.dtype", "float32"]
+    done = run_in_process(importlib.import_module(f"recipes.{chapter}.{recipe}"), line, hub / "runs")
+    assert done.code == 0, done.err
+    assert done.figures and any(done.folder.rglob("*config.json"))  # a model, an adapter, or a tokenizer of each kind
 
 
 # ---------------------------------------------------------------- on a GPU

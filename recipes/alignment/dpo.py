@@ -403,7 +403,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         reference.to(args.device)
     before = measure("before")
     if config.lora is not None:
-        check_fresh_adapter(before.figures["kl"])
+        check_fresh_adapter(before.figures["kl"], model.dtype)
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     policy_figures.save_learned(trainer, tokenizer, run)  # before the figures: these may need more memory than there is
     after = measure("after")

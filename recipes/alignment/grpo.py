@@ -303,7 +303,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
 
     before = measure("before")
     if config.lora is not None:
-        rlhf.check_fresh_adapter(before.figures["kl"])
+        rlhf.check_fresh_adapter(before.figures["kl"], model.dtype)
     fit(trainer, run, time_limit_minutes=config.run.time_limit_minutes)
     after = measure("after")
     policy_figures.save(trainer, tokenizer, run)

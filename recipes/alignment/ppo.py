@@ -513,7 +513,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     before, answers_before = measure()
     run.say("before  " + "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
     if config.lora is not None:
-        rlhf.check_fresh_adapter(before["kl"])
+        rlhf.check_fresh_adapter(before["kl"], policy.dtype)
 
     loop = Loop(run, args, accelerator, total_steps=steps, time_limit_minutes=config.run.time_limit_minutes)
     for step in loop:

@@ -506,7 +506,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         sampled_held_out = comparisons(own, tokenizer, limit, run, skip=True)
         skip = True  # two of its answers may be other text and the same tokens
     train = comparisons(rows, tokenizer, limit, run, skip=skip)
-    check_window(model.config, max(map(row_length, (*train, *held_out))))
+    check_window(model.config, max(map(row_length, (*train, *held_out, *(shown or ()), *(sampled_held_out or ())))))
 
     args = config.training
     prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -90,7 +90,7 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
     if (
         task_type == "SEQ_CLS"
         and base.config.is_encoder_decoder
-        and tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]
+        and tokenizer.eos_token_id not in tokenizer("a")["input_ids"]
     ):
         raise UserError(
             f"model.tokenizer: {type(base).__name__} tells the class at the end of a text, and this tokenizer writes no "

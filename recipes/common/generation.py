@@ -296,14 +296,15 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def check_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where the chat template ends the assistant's turn with none of `stop_ids`: no answer would ever end."""
+    """Raise UserError where the chat template ends the assistant's turn with none of `stop_ids`: no answer would ever be seen to
+    end as it was taught to. (A special token is one of them: `load_model` sees to that.)"""
     end, stops = turn_end(tokenizer)[0], stop_ids(model, tokenizer)
     if end not in stops:
         named = ", ".join(repr(decode(tokenizer, [token])) for token in stops)
         raise UserError(
             f"model: the chat template ends the assistant's turn with {decode(tokenizer, [end])!r}, which is none of the stop "
-            f"tokens ({named}), so that no answer would ever be seen to end: make it the tokenizer's eos_token, add its id "
-            f"{end} to eos_token_id in the checkpoint's generation_config.json, or give another model.chat_template"
+            f"tokens ({named}) and no special token, so that an answer which ends so would not be seen to: give another "
+            f"model.chat_template, or add its id {end} to eos_token_id in the checkpoint's generation_config.json"
         )
 
 

@@ -222,7 +222,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from recipes.common.generation import stop_ids
+    from recipes.common.generation import stop_ids, turn_end
 
     auto_class = auto_class or AutoModelForCausalLM
     if (model.name is None) == (model.config is None):
@@ -276,6 +276,14 @@ def load_model(
         if getattr(made, "generation_config", None) is not None:
             # a checkpoint may name more than its tokenizer does: gemma's turns end in another token than its texts
             stops = stop_ids(made, tokenizer) if model.name else []
+            if model.name and tokenizer.chat_template and auto_class is AutoModelForCausalLM:
+                end = turn_end(tokenizer)[0]
+                marks = tokenizer.added_tokens_decoder
+                if (
+                    end not in stops and end in marks and marks[end].special
+                ):  # a base model with a template for its tuned kin
+                    stops.append(end)
+                    run.choose("stop token", f"{marks[end]} too", "the chat template ends the assistant's turn with it")
             made.generation_config.eos_token_id = stops if len(stops) > 1 else tokenizer.eos_token_id
             made.generation_config.pad_token_id = tokenizer.pad_token_id
         if made.config.pad_token_id is None:

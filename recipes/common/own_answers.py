@@ -122,12 +122,13 @@ def reward_scores(
 ) -> list[list[float]]:
     """The reward model's score of each answer of each row, in its standard deviations above a good held-out answer.
 
-    It is read at the answer's stop token; of one that was cut, at its last word. Raises UserError for nan or inf.
+    It is read at the answer's stop token; of one that was cut, at its last word. Raises UserError for nan or inf, and for a
+    window that is shorter than a prompt with its answer.
     """
     from recipes.common.chat import encode_plain
     from recipes.common.generation import inference, pad_id, prompt_ids, prompt_of, turn_end
     from recipes.common.rlhf import answer_scores, shared_states
-    from recipes.common.shared_prompts import Rows, share
+    from recipes.common.shared_prompts import Rows, check_window, share
     from recipes.common.verifiable_rewards import checked
 
     prompts = prompt_ids(tokenizer, [prompt_of(row) for row in rows])
@@ -136,6 +137,8 @@ def reward_scores(
         for k, ids in enumerate(encode_plain(tokenizer, [answer.text for answer in some])):
             flat.append((i, k, [*ids, stop] if some[k].ended or not ids else ids))
     flat.sort(key=lambda entry: len(prompts[entry[0]]) + len(entry[2]))
+    if flat:
+        check_window(reward_model.config, len(prompts[flat[-1][0]]) + len(flat[-1][2]))
     scores = [[0.0] * len(some) for some in answers]
     mean = getattr(reward_model.config, "reward_mean", 0.0)
     std = getattr(reward_model.config, "reward_std", 1.0)

@@ -86,17 +86,20 @@ def check_low_rank(
         )
 
 
-def _check_ranks(adapted: Any, section: str) -> None:
-    """Raise UserError for a rank above what its layer can have, wherever the name of the layer comes from."""
+def _check_ranks(adapted: Any, section: str, named: bool) -> None:
+    """Raise UserError for a rank above what its layer can have: of layers that the user `named` for any, else for all of them
+    (all-linear takes in the router of a mixture of experts, which has as many rows as there are experts)."""
     from peft.tuners.lora import LoraLayer
 
     layers: dict[str, Any] = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    for name, layer in layers.items():
-        asked, most = layer.r.get("default", 0), min(layer.in_features, layer.out_features)
-        if asked > most:
-            key = "init_r" if section == "adalora" else "r"
-            place = name.removeprefix("base_model.model.")
-            raise UserError(f"{section}.{key}: {asked} is above what {place} can have, {most}")
+    asked = {
+        name: (layer.r.get("default", 0), min(layer.in_features, layer.out_features)) for name, layer in layers.items()
+    }
+    above = [name for name, (rank, most) in asked.items() if rank > most]
+    if above and (named or len(above) == len(asked)):
+        key, (rank, most) = "init_r" if section == "adalora" else "r", asked[above[0]]
+        place = above[0].removeprefix("base_model.model.")
+        raise UserError(f"{section}.{key}: {rank} is above what {place} can have, {most}")
 
 
 def _refuse_tied(model: PreTrainedModel, targets: Any, where: str) -> None:
@@ -148,11 +151,15 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
         raise UserError(f"{section}.megatron_config: Megatron's layers are in none of these models: leave it out")
     if heads := {name.partition(".")[0] for name in head_names(base)}:
         settings.modules_to_save = sorted({*(settings.modules_to_save or ()), *heads})  # type: ignore[attr-defined]
+    named = getattr(settings, "target_modules", None) not in (
+        None,
+        "all-linear",
+    )  # peft puts what it finds in their place
     try:
         adapted = get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
-    _check_ranks(adapted, section)
+    _check_ranks(adapted, section, named)
     return adapted
 
 

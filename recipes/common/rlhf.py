@@ -364,13 +364,13 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where padding and the end of an answer are the same token."""
+    """Raise UserError where padding and what ends an answer are the same token."""
     from recipes.common.generation import turn_end
 
-    if tokenizer.pad_token_id in (tokenizer.eos_token_id, turn_end(tokenizer)[0]):
+    if tokenizer.pad_token_id == turn_end(tokenizer)[0]:
         raise UserError(
-            f"the tokenizer pads with its stop token {tokenizer.pad_token!r}: a score is read at the last token that "
-            "is not padding, so the stop would go unread; give a model.tokenizer that has a pad token of its own"
+            f"the tokenizer pads with {tokenizer.pad_token!r}, with which an answer ends: a score is read at the last token that "
+            "is not padding, so the end would go unread; give a model.tokenizer that has a pad token of its own"
         )
 
 
@@ -419,10 +419,12 @@ def check_adapter_off(base: Sequence[nn.Parameter], adapted: nn.Module, bias: st
     check_frozen(base, adapted, f"lora.bias: {bias} makes weights of the model itself learn; use none")
 
 
-def check_fresh_adapter(kl: float) -> None:
+def check_fresh_adapter(kl: float, dtype: torch.dtype) -> None:
     """Raise UserError where a policy is `kl` nats an answer from its reference, itself without its adapter, before the first
-    step: the adapter starts as something (lora.init_lora_weights: false), or the model below was changed for it (pissa)."""
-    if abs(kl) > 1e-3:
+    step: the adapter starts as something (lora.init_lora_weights: false), or the model below was changed for it (pissa).
+
+    DoRA computes each weight anew, which rounds in the `dtype` of the model: a hundredth of a nat in bf16, of 64 tokens."""
+    if abs(kl) > (1e-3 if dtype == torch.float32 else 0.2):
         raise UserError(
             f"lora: a fresh adapter is {kl:.3g} nats away from the model without it, which is the reference: use an "
             "initialisation that leaves the model as it is (lora.init_lora_weights: true)"

@@ -31,6 +31,7 @@ def take(folder: Path) -> IO[str]:
     if not _lies_there(file):  # its holder removed it while it ended, and another may have made a new one
         file.close()
         return take(folder)
+    os.register_at_fork(after_in_child=file.close)  # a worker that outlives a killed run must not hold its folder
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

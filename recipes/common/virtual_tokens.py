@@ -129,21 +129,22 @@ def place_in_rows(task: Task, template: Template, args: SFTConfig) -> None:
     def fill(row: dict[str, Any]) -> dict[str, Any]:
         texts = [row["source"], None] if written else [row["text"], row["text_pair"]]
         while (over := length(*(filled := placed(*texts))) - longest) > 0 and any(texts):
-            tokens = [task.tokenizer.tokenize(text or "") for text in texts]
-            longer = int(len(tokens[1]) > len(tokens[0]))
-            fewer = max((over + 1) // 2, len(tokens[longer]) - len(tokens[1 - longer]))
-            texts[longer] = first_tokens(task.tokenizer, texts[longer], len(tokens[longer]) - min(over, fewer))
+            tokens = [len(ids) for ids in encode_plain(task.tokenizer, [text or "" for text in texts])]
+            longer = int(tokens[1] > tokens[0])
+            fewer = max((over + 1) // 2, tokens[longer] - tokens[1 - longer])
+            texts[longer] = first_tokens(task.tokenizer, texts[longer], tokens[longer] - min(over, fewer))
         return {"source": filled[0]} if written else {"text": filled[0], "text_pair": filled[1]}
 
     task.data = task.data.map(fill)
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
-    """The part of the text that its first `count` tokens stand for."""
+    """The part of the text that its first `count` tokens stand for, in whole characters: a token may be a part of one."""
     if count <= 0:
         return ""
-    places = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    return text[: places["offset_mapping"][:count][-1][1]]
+    told = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    places = told["offset_mapping"]
+    return text if count >= len(places) else text[: min(places[count - 1][1], places[count][0])]
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, args: SFTConfig, in_front: bool) -> str:

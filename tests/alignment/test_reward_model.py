@@ -84,7 +84,7 @@ def test_a_tokenizer_that_pads_with_its_stop_token_is_refused(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rlhf.check_own_pad_token(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    with pytest.raises(UserError, match="stop token"):
+    with pytest.raises(UserError, match="with which an answer ends"):
         rlhf.check_own_pad_token(tokenizer)
 
 

@@ -98,8 +98,9 @@ def test_a_comparison_ends_as_the_template_ends_it(two_stops, tmp_path):
         assert told == pytest.approx(rlhf.sequence_scores(judge, ids, mask).item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "dpo", "grpo"])
-def test_a_turn_that_ends_with_none_of_them_is_refused(recipe, two_stops, judge, preferences, tmp_path, capsys):
+@pytest.fixture
+def one_stop(two_stops, tmp_path) -> Path:
+    """The same, and the checkpoint names the tokenizer's alone: a base model with the template of its tuned kin (Qwen2.5's)."""
     from transformers import GenerationConfig
 
     folder = tmp_path / "one_stop"
@@ -107,11 +108,28 @@ def test_a_turn_that_ends_with_none_of_them_is_refused(recipe, two_stops, judge,
     kept = GenerationConfig.from_pretrained(folder)
     kept.eos_token_id = kept.eos_token_id[:1]
     kept.save_pretrained(folder)
+    return folder
+
+
+def test_the_special_token_that_the_template_ends_a_turn_with_becomes_one_of_them(one_stop, tmp_path, capsys):
+    from recipes.common.generation import stop_ids
+
+    model, tokenizer = loaded(one_stop, tmp_path)
+    end, tool = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|tool|>"))
+    assert stop_ids(model, tokenizer) == [tool, end] == model.generation_config.eos_token_id
+    assert "stop token: <|end|> too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "dpo", "grpo"])
+def test_a_turn_that_ends_in_words_is_refused(recipe, one_stop, judge, preferences, tmp_path, capsys):
+    folder, template = one_stop, tmp_path / "words.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + 'k' }}{% endfor %}")
     module = importlib.import_module(f"recipes.alignment.{recipe}")
     argv = ["--model.name", str(folder), "--data.name", str(preferences), "--run.root", str(tmp_path), "--lora", "null"]
+    argv += ["--model.chat_template", str(template)]
     argv += ["--ppo.reward_model", str(judge)] if recipe == "ppo" else []
     argv += ["--dpo.candidates", "given"] if recipe == "dpo" else []
     assert run_recipe(module.main, module.Config, argv) == 2
     error = capsys.readouterr().err
-    assert "ends the assistant's turn with '<|end|>', which is none of the stop tokens ('<|tool|>')" in error
+    assert "ends the assistant's turn with 'k', which is none of the stop tokens ('<|tool|>')" in error
     assert "generation_config.json" in error and "Traceback" not in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_blank_texts_are_left_out_and_counted(tmp_path, capsys):
         (["gsm_train.jsonl", "gsm_test.jsonl.gz"], {"train": 10, "validation": 10}),
         (["train_sft.jsonl", "train_gen.jsonl", "test_sft.jsonl"], {"train": 20, "validation": 10}),
         (["train_sft/0.jsonl", "test_sft/0.jsonl"], {"train": 10, "validation": 10}),
+        (["data.jsonl", "gsm_test.jsonl"], {"train": 10, "validation": 10}),
         (["a.jsonl", "b.jsonl"], {"train": 19, "validation": 1}),
         (["contest.jsonl", "latest.jsonl"], {"train": 19, "validation": 1}),
     ],
@@ -162,8 +164,9 @@ def test_folder(tmp_path, names, expected, capsys):
     for i, name in enumerate(names):
         write_jsonl(tmp_path / name, qa(10, 100 * i))
     found = load_data(Data(name=str(tmp_path)), "conversation")
+    words = {word for name in names for word in re.split(r"[\W\d_]+", name)}
     assert {split: len(rows) for split, rows in found.items()} == expected
-    assert ("by their names, train: " in capsys.readouterr().out) == ("train" in names[0])
+    assert ("by their names, train: " in capsys.readouterr().out) == bool(words & {"train", "test"})
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,7 @@ def test_folder(tmp_path, names, expected, capsys):
         (["gsm_train.txt", "gsm_test.txt"], {"train": 1, "validation": 1}),
         (["train/test_utils.txt", "train/b.txt", "test/a.txt"], {"train": 2, "validation": 1}),
         (["test_utils.txt", "utils.txt", "how-to-test.txt"], {"train": 2, "validation": 1}),  # titles
+        (["src/a.txt", "utils.txt", "test/a.txt"], {"train": 2, "validation": 1}),  # a tree of code
     ],
 )
 def test_folder_of_documents(tmp_path, names, expected, capsys):

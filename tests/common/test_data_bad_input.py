@@ -214,10 +214,6 @@ def test_bad_names(tmp_path, monkeypatch):
         ({"a.jsonl": ""}, ["a.jsonl is empty"]),
         ({"train.json": '{"x": [{}], "y": [{}]}'}, ["splits of its own (x, y)"]),
         ({"train_test.jsonl": "{}"}, ["train_test.jsonl names several splits (train, test)"]),
-        (
-            {"all.jsonl": "{}", "gsm_test.jsonl": "{}"},
-            ["gsm_test.jsonl (test)", "others are not: all.jsonl", "a folder"],
-        ),
         ({"train.jsonl": "{}", "extra.jsonl": "{}"}, ["train.jsonl (train)", "others are not: extra.jsonl"]),
         ({"train.txt": "a", "extra.txt": "b"}, ["train.txt (train)", "others are not: extra.txt"]),
     ],

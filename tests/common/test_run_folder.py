@@ -7,8 +7,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,23 @@ time.sleep(60)
         other.kill()
     opened(tmp_path / "run", resume=True)
     assert content(tmp_path / "run") == {"config.yaml": CONFIG}
+
+
+def test_a_worker_that_outlives_its_run_holds_nothing(tmp_path: Path) -> None:
+    """DataLoader's and datasets' are forked: they have what the run has open."""
+    run = held(tmp_path / "run")
+    told, tell = os.pipe()
+    if (worker := os.fork()) == 0:
+        os.write(tell, b"here")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(told, 4) == b"here" and run._lock is not None
+    run._lock.close()  # as a process that is killed
+    try:
+        opened(tmp_path / "run", resume=True)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

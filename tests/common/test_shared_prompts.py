@@ -136,6 +136,20 @@ def test_a_window_shorter_than_the_row_is_refused():
         check_window(config, 1000)  # Qwen2.5 names a window that it does not use
 
 
+def test_a_judge_that_looks_back_less_far_than_an_answer_is_refused():
+    from tiny_chat import make_tokenizer
+    from transformers import MistralConfig, MistralForSequenceClassification
+
+    from recipes.common.own_answers import Answer, reward_scores
+
+    tokenizer = make_tokenizer()
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "num_labels": 1}
+    judge = MistralForSequenceClassification(MistralConfig(**sizes, sliding_window=8))
+    row = {"prompt": [{"role": "user", "content": "Is it 3?"}]}
+    with pytest.raises(UserError, match="look back 8 tokens"):
+        reward_scores(judge, tokenizer, [row], [[Answer("it is")]], 1)
+
+
 def test_nothing_is_no_answer():
     with pytest.raises(ValueError, match="no token"):
         share([[5]], [[[6], []]], fill=0)

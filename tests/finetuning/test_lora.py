@@ -312,6 +312,16 @@ def test_a_rank_without_its_scale_is_refused() -> None:
         check_low_rank(make_model(make_tokenizer()), LoraConfig(r=4, target_modules=["q_proj"]), given)  # type: ignore[arg-type]
 
 
+def test_the_router_of_a_mixture_may_have_fewer_rows_than_the_rank() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    with_adapter(MixtralForCausalLM(config), LoraConfig(r=16, target_modules="all-linear"))
+    with pytest.raises(UserError, match=r"lora\.r: 16 is above what model\.layers\.0\.mlp\.gate can have, 4"):
+        with_adapter(MixtralForCausalLM(config), LoraConfig(r=16, target_modules=["q_proj", "gate"]))
+
+
 BAD: dict[str, tuple[Changes, str]] = {
     "a target that is not there": ({"lora.target_modules": "[q_proj, qv_proj]"}, "is called qv_proj"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "lora adapts a pretrained model"),

@@ -213,6 +213,18 @@ def test_rows_of_text_are_put_into_the_template(arguments: Any) -> None:
     assert cut == "abcdefghij<|prompt 0|>"  # and its end
 
 
+def test_a_text_is_cut_between_characters_whose_bytes_are_tokens(arguments: Any) -> None:
+    from recipes.pretraining.tokenizer import train_bpe, with_chat
+
+    tokenizer = with_chat(train_bpe(["a"], 262))
+    data = Dataset.from_list([{"text": "啊" * n, "text_pair": None, "label": "z"} for n in range(4, 9)])
+    task: Any = SimpleNamespace(
+        type="SEQ_CLS", tokenizer=tokenizer, data=DatasetDict(train=data, validation=data), base=make_model(tokenizer)
+    )
+    virtual_tokens.place(task, read_template("{v*1}{text}", "t"), arguments(max_length=12))
+    assert {row["text"] for row in task.data["train"]} == {"<|prompt 0|>啊啊啊"}  # three bytes each, 11 are left
+
+
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
