@@ -40,7 +40,7 @@ TINY = {  # on a processor
     "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "num_heads": 4,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "batch_size": 4, "source_layers": 1,
-    "block_length": 128, "input_length": 128, "row_length": 64, "max_bytes": 60_000, "unigram_max_bytes": 60_000,
+    "block_length": 128, "input_length": 128, "max_length": 512, "row_length": 64, "max_bytes": 60_000, "unigram_max_bytes": 60_000,
     "vocabulary_size": 400, "rollouts": 8, "max_samples": 40, "longest_answer": 8, "written": 4,
     "r": 4, "init_r": 6, "target_r": 4,
 }  # fmt: skip

@@ -1,10 +1,12 @@
 """Muon for the hidden matrices, AdamW for the rest, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of every matrix:
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of every matrix, as torch has it:
 
-    O_t = NewtonSchulz(mu B_{t-1} + G_t),    W_t = W_{t-1} - lr O_t
+    B_t = mu B_{t-1} + (1 - mu) G_t,    O_t = NewtonSchulz(mu B_t + (1 - mu) G_t)          (Nesterov's momentum)
+    W_t = (1 - lr decay) W_{t-1} - lr 0.2 sqrt(max(rows, columns)) O_t
 
-Embeddings, the output head, norms and biases are no matrices that map hidden to hidden: they take AdamW.
+The factor gives an update the root mean square of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so that both take
+like rates. Embeddings, heads, norms and biases are no matrices that map hidden to hidden: they take AdamW.
 
 It needs each matrix whole, so it runs in one process or under DDP, and is refused under DeepSpeed and FSDP.
 """
@@ -136,15 +138,17 @@ def check_muon(args: TrainingArguments) -> None:
 
 
 def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
-    """Muon on every hidden 2-D weight, fused AdamW on the embedding tables, head, norms and biases. Each group keeps its own rate under
-    one schedule. Raises UserError where the matrices would be sharded."""
+    """Muon on every hidden 2-D weight, fused AdamW on the embedding tables, heads, norms and biases. Each group keeps its own rate
+    under one schedule. Raises UserError where the matrices would be sharded."""
     check_muon(args)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}  # positions' too
     if (head := model.get_output_embeddings()) is not None:
         tables.add(id(head.weight))
     learned = [p for p in model.parameters() if p.requires_grad]
-    # a matrix of one row is a vector: a reward model's head
-    matrices = [p for p in learned if p.ndim == 2 and min(p.shape) > 1 and id(p) not in tables]
+    # behind the backbone, what maps hidden to anything else is a head: to classes, a reward, whether a sentence is the next one
+    backbone, square = {id(p) for p in model.base_model.parameters()}, (model.config.get_text_config().hidden_size,) * 2
+    hidden = {id(p) for p in learned if id(p) in backbone or p.shape == square} - tables
+    matrices = [p for p in learned if p.ndim == 2 and id(p) in hidden]
     by_muon = {id(p) for p in matrices}
     rest = [p for p in learned if id(p) not in by_muon]
     decayed = [p for p in rest if p.ndim == 2]
@@ -158,3 +162,12 @@ def muon_with_adamw(model: Any, args: TrainingArguments, muon_learning_rate: flo
     )
     muon = BatchedMuon(matrices, lr=muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw)
+
+
+def slow_queries(optimizer: MuonWithAdamW, queries: list[Tensor], head_size: int) -> None:
+    """Give the queries' matrices 1 / sqrt(head_size) of Muon's rate: in an attention that does not divide q k^T by that root
+    (T5, GPT-Neo) they start that much smaller instead, so they have to learn that much slower too, or it saturates."""
+    apart = {id(p) for p in queries}
+    (group,) = optimizer.muon.param_groups
+    group["params"] = [p for p in group["params"] if id(p) not in apart]
+    optimizer.muon.add_param_group({**group, "params": queries, "lr": group["lr"] / head_size**0.5})

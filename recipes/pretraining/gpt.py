@@ -163,7 +163,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.gpt_tasks import compare_on_task, load_task
     from recipes.common.held_out import draw_by_position, held_out_blocks, loss_by_position, unigram_loss
     from recipes.common.in_context import ask_in_context, check_room, load_questions
-    from recipes.common.optimizers import check_muon, muon_with_adamw
+    from recipes.common.optimizers import check_muon, muon_with_adamw, slow_queries
     from recipes.common.packing import check_lengths, pack_texts, stacked
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
@@ -206,6 +206,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     optimizer = None  # None: the Trainer makes training.optim
     if gpt.optimizer == "muon":
         optimizer = muon_with_adamw(model, training, gpt.muon_learning_rate)
+        if model.config.model_type == "gpt_neo":  # its attention is not scaled
+            queries = [p for name, p in model.named_parameters() if name.endswith(".q_proj.weight")]
+            slow_queries(optimizer, queries, model.config.hidden_size // model.config.num_attention_heads)
     trainer = Trainer(
         model, training, train_dataset=blocks, data_collator=collate, optimizers=(optimizer, None), callbacks=[ShowSamples()]
     )  # fmt: skip

@@ -198,21 +198,16 @@ def compare_tasks(
 
 
 def make_optimizer(model: Any, args: transformers.TrainingArguments, muon_learning_rate: float) -> MuonWithAdamW:
-    """Muon on the hidden matrices; those of the queries learn slower, and so do the norms.
+    """Muon on the hidden matrices; those of the queries, whose attention is not scaled, learn slower, and so do the norms.
 
-    T5's attention does not divide q k^T by sqrt(d_kv): the queries' matrices start that much smaller instead, so they have to
-    learn that much slower too, or the attention saturates. The norms' gains take no more than the matrices' rate: at
-    the embeddings', 3e-2, the encoder's last one fell from 1 to 0.27 in 400 steps, while the decoder hardly used its source.
+    The norms' gains take no more than the matrices' rate: at the embeddings', 3e-2, the encoder's last one fell from 1 to
+    0.27 in 400 steps, while the decoder hardly used its source.
     """
-    from recipes.common.optimizers import muon_with_adamw
+    from recipes.common.optimizers import muon_with_adamw, slow_queries
 
     optimizer = muon_with_adamw(model, args, muon_learning_rate)
     queries = [p for name, p in model.named_parameters() if name.endswith(".q.weight")]
-    apart = {id(p) for p in queries}
-    (group,) = optimizer.muon.param_groups
-    group["params"] = [p for p in group["params"] if id(p) not in apart]
-    rate = muon_learning_rate / model.config.d_kv**0.5
-    optimizer.muon.add_param_group({**group, "params": queries, "lr": rate})
+    slow_queries(optimizer, queries, model.config.d_kv)
     for group in optimizer.adamw.param_groups:
         if all(p.ndim == 1 for p in group["params"]):
             group["lr"] = min(args.learning_rate, muon_learning_rate)

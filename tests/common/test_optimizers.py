@@ -10,7 +10,7 @@ import torch
 from tiny_chat import make_model, make_tokenizer
 
 from recipes.common.errors import UserError
-from recipes.common.optimizers import BatchedMuon, muon_with_adamw
+from recipes.common.optimizers import BatchedMuon, muon_with_adamw, slow_queries
 
 ARGS = {
     "learning_rate": 1e-3,
@@ -37,6 +37,43 @@ def test_every_parameter_learns_once_and_muon_takes_hidden_matrices_only(model: 
     by_muon = {names[i] for i in groups[0]}
     assert by_muon and all(name.endswith("_proj.weight") for name in by_muon)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1e-3, 1e-3]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert {names[i].rsplit(".", 2)[-2] for i in groups[2]} == {"input_layernorm", "post_attention_layernorm", "norm"}
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "heads"),
+    [
+        ("LlamaForSequenceClassification", {"num_labels": 4}, {"score.weight"}),
+        ("LlamaForSequenceClassification", {"num_labels": 1}, {"score.weight"}),
+        ("BertForPreTraining", {}, {"cls.seq_relationship.weight"}),
+        ("BertForTokenClassification", {"num_labels": 3}, {"classifier.weight"}),
+    ],
+)
+def test_a_head_is_no_hidden_matrix(kind: str, more: dict[str, Any], heads: set[str]) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind.partition('For')[0]}Config")(**SIZES, pad_token_id=0, **more)
+    model = getattr(transformers, kind)(config)
+    optimizer = muon_with_adamw(model, SimpleNamespace(**ARGS), 0.01)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, decayed = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups[:2])
+    assert heads <= decayed and not any("embeddings" in name for name in muon)
+    assert muon == {name for name, p in model.named_parameters() if p.ndim == 2} - decayed
+    assert ("cls.predictions.transform.dense.weight" in muon) == (kind == "BertForPreTraining")
+
+
+def test_queries_of_an_attention_that_is_not_scaled_learn_slower(model: Any) -> None:
+    optimizer = muon_with_adamw(model, SimpleNamespace(**ARGS), 0.01)
+    queries = [p for name, p in model.named_parameters() if name.endswith("q_proj.weight")]
+    before = {id(p) for p in optimizer.param_groups[0]["params"]}
+    slow_queries(optimizer, queries, 16)
+    others, apart = optimizer.muon.param_groups
+    assert [group["lr"] for group in (others, apart)] == [0.01, 0.0025] and apart["params"] == queries
+    assert {id(p) for group in (others, apart) for p in group["params"]} == before
 
 
 @pytest.mark.parametrize("library", ["DeepSpeed", "FSDP"])
