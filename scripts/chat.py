@@ -66,7 +66,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     from recipes.common.adapter_files import base_of, is_adapter, load_adapter
     from recipes.common.machine import has_gpu
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import load_model, load_tokenizer, settle_stops
     from recipes.common.run_folder import RunFolder
     from recipes.common.sections import Model
 
@@ -77,7 +77,9 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_adapter(name):
         if (base := base_of(Path(name))) is None:
             raise UserError(f"{name} does not say which model it was trained on (base.json, adapter_config.json)")
-        model: Any = load_adapter(load_model(Model(name=base, dtype="auto"), tokenizer, nowhere), name)
+        # the adapter's tokenizer may have virtual tokens, for which the base has no rows
+        model: Any = load_adapter(load_model(Model(name=base, dtype="auto"), None, nowhere), name)
+        settle_stops(model, tokenizer, nowhere)
     else:
         model = load_model(section, tokenizer, nowhere)
     return model.to("cuda" if has_gpu() else "cpu").eval(), tokenizer

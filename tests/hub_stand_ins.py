@@ -61,7 +61,6 @@ ROWS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "trl-lib/ultrafeedback_binarized": preference,
     "openai/gsm8k": sum_of_two,
     "HuggingFaceFW/fineweb-edu": lambda r: {"text": " ".join(sentence(r, 15) for _ in range(40))},
-    "Skylion007/openwebtext": lambda r: {"text": " ".join(sentence(r, 15) for _ in range(40))},
     "wikimedia/wikipedia": lambda r: {"title": "x", "text": " ".join(sentence(r, 15) for _ in range(40))},
     "fancyzhx/ag_news": lambda r: {"text": sentence(r, 30), "label": r.choice(("World", "Sports"))},
     "nyu-mll/glue": lambda r: {
@@ -72,7 +71,7 @@ ROWS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     },
     "unimelb-nlp/wikiann": lambda r: {"tokens": (w := sentence(r, 12).split()), "ner_tags": [len(x) % 3 for x in w]},
     "bentrevett/multi30k": lambda r: {"en": sentence(r, 9), "de": sentence(r, 9)},
-    "EdinburghNLP/xsum": lambda r: {"document": sentence(r, 80), "summary": sentence(r, 12)},
+    "abisee/cnn_dailymail": lambda r: {"article": sentence(r, 80), "highlights": sentence(r, 12)},
 }  # fmt: skip
 SIZES = {"train": 4_000, "validation": 200}
 

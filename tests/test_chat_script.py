@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_chat import make_model, make_tokenizer
+from transformers import AutoTokenizer
+
+from recipes.common.adapter_files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "chat.py"
@@ -222,10 +225,28 @@ def test_an_adapter_folder_talks_too(tmp_path: Path, tokenizer: Any) -> None:
     assert not torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-5)
 
 
-def test_an_adapter_of_a_method_that_peft_lacks_talks_on_the_base_that_it_knows(tmp_path: Path, tokenizer: Any) -> None:
+def test_an_adapter_whose_tokenizer_has_virtual_tokens_talks(tmp_path: Path, tokenizer: Any) -> None:
     from safetensors.torch import save_file
 
-    from recipes.common.adapter_files import fingerprint
+    base, adapter = saved(tmp_path / "base", tokenizer, make_model(tokenizer)), tmp_path / "adapter"
+    words = len(tokenizer)
+    longer = AutoTokenizer.from_pretrained(base)
+    longer.add_tokens(["<|prompt 0|>", "<|prompt 1|>"])
+    longer.save_pretrained(adapter)
+    save_file({"prompt.numbers": torch.randn(2, 32)}, adapter / "adapter_model.safetensors")
+    told = {"method": "prompt_tuning", "settings": {"tokens": 2, "first_id": words}}
+    (adapter / "adapter.json").write_text(json.dumps(told))
+    (adapter / "base.json").write_text(
+        json.dumps({"name": str(base), "fingerprint": fingerprint(make_model(tokenizer))})
+    )
+    found, _ = script.load(str(adapter))
+    ids = torch.tensor([[words, 10, 11]])
+    assert not torch.allclose(found(input_ids=ids).logits[0, -1], found(input_ids=ids[:, 1:]).logits[0, -1], atol=1e-5)
+    assert found.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_an_adapter_of_a_method_that_peft_lacks_talks_on_the_base_that_it_knows(tmp_path: Path, tokenizer: Any) -> None:
+    from safetensors.torch import save_file
 
     base, adapter = saved(tmp_path / "base", tokenizer, make_model(tokenizer)), tmp_path / "adapter"
     tokenizer.save_pretrained(adapter)

@@ -33,6 +33,10 @@ TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"]
 KINDS: dict[str, Literal["conversation", "pair", "classification"]] = {
     "CAUSAL_LM": "conversation", "SEQ_2_SEQ_LM": "pair", "SEQ_CLS": "classification",
 }  # fmt: skip
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+}  # fmt: skip
 SHOWN = 40  # answers that are kept in samples/
 
 
@@ -53,12 +57,7 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
 
     Raises UserError for a fresh model: a method that keeps the base frozen needs a base that has learned something.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-    )
+    import transformers
 
     from recipes.common import labelling
     from recipes.common.adapter_files import fingerprint
@@ -74,19 +73,16 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
     tells_classes = task_type in ("SEQ_CLS", "TOKEN_CLS")
     tokenizer = load_tokenizer(model, run, chat=task_type == "CAUSAL_LM", writes=not tells_classes)
     rows: Any = labelling.load_rows(data) if task_type == "TOKEN_CLS" else load_data(data, KINDS[task_type])
-    auto_class: Any = AutoModelForCausalLM if task_type == "CAUSAL_LM" else AutoModelForSeq2SeqLM
     classes: list[str] = []
     if tells_classes:
-        by_text = task_type == "SEQ_CLS"
-        classes = _classes(rows) if by_text else labelling.tags_of(rows)
-        auto_class = AutoModelForSequenceClassification if by_text else AutoModelForTokenClassification
+        classes = _classes(rows) if task_type == "SEQ_CLS" else labelling.tags_of(rows)
         options |= {
             "num_labels": len(classes),
             "id2label": dict(enumerate(classes)),
             "label2id": {name: i for i, name in enumerate(classes)},
         }
     seed_again()
-    base = load_model(model, tokenizer, run, auto_class, **options)
+    base = load_model(model, tokenizer, run, getattr(transformers, AUTO_CLASSES[task_type]), **options)
     if (
         task_type == "SEQ_CLS"
         and base.config.is_encoder_decoder
@@ -239,11 +235,20 @@ def save(
     """
     from recipes.common.adapter_files import save_adapter
 
-    told: dict[str, Any] = {"base": task.base.config._name_or_path or None, "fingerprint": task.fingerprint}
-    size = save_adapter(trainer, model, run, **told, method=method, settings=settings, names=names)
+    size = save_adapter(trainer, model, run, about=about_base(task), method=method, settings=settings, names=names)
     if run.is_main:
         task.tokenizer.save_pretrained(run.path / "adapter")
     return size
+
+
+def about_base(task: Task) -> dict[str, Any]:
+    """What an adapter's base.json says of the model that it was trained on."""
+    return {
+        "name": task.base.config._name_or_path or None,
+        "fingerprint": task.fingerprint,
+        "class": AUTO_CLASSES.get(task.type, AUTO_CLASSES["CAUSAL_LM"]),  # MAD-X learns a language from plain text
+        "labels": len(task.classes) or None,
+    }
 
 
 def announce(task: Task, trainer: Any, run: RunFolder, evaluation: Evaluation | None = None) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ adapter/
   adapter_model.safetensors   the parameters that learned, by the names that they have in the adapted model
   adapter_config.json         peft's methods: peft's own file, which PeftModel.from_pretrained reads
   adapter.json                the methods that peft lacks: {"method": ..., "settings": {...}}; `load_adapter` reads it
-  base.json                   {"name": ..., "fingerprint": ...} of the model that it was trained on
+  base.json                   {"name": ..., "fingerprint": ..., "class": ..., "labels": ...} of the model that it was trained on, the
+                              class of transformers' that opens it, and how many labels its head tells
 
 An adapter on another base computes nonsense and says nothing: the fingerprint is checked on loading.
 """
@@ -71,32 +72,35 @@ def save_adapter(
     model: Any,
     run: RunFolder,
     *,
-    base: str | None,
-    fingerprint: str,
+    about: dict[str, Any],
     method: str = "",
     settings: dict[str, Any] | None = None,
     names: set[str] | None = None,
 ) -> int:
     """Write the folder adapter/ of a run: a PeftModel's own files, or parameters of a model of ours. Gives its bytes.
 
+    about: what base.json says of the base.
     `names`: which parameters, for a method of ours; default: those that learn.
     """
     from safetensors.torch import save_file
 
     from recipes.common.sharding import saved_by_trainer, sharded
 
-    path, about = run.path / "adapter", {"name": base, "fingerprint": fingerprint}
-    peft = hasattr(model, "peft_config")
+    path, peft = run.path / "adapter", hasattr(model, "peft_config")
     if peft and sharded(trainer):
         with saved_by_trainer(trainer, path, run) as folder:
             if run.is_main:
                 (folder / "base.json").write_text(json.dumps(about, indent=2) + "\n")
+                (folder / "README.md").unlink(missing_ok=True)
         return _bytes(path)
     whole: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded(trainer) else model.state_dict()
     if run.is_main:
         with folder_written_atomically(path) as folder:
             if peft:
                 model.save_pretrained(folder)
+                (folder / "README.md").unlink(
+                    missing_ok=True
+                )  # a form that nobody has filled in; the run's says it all
             else:
                 kept = {n for n, p in model.named_parameters() if p.requires_grad} if names is None else names
                 numbers = {name: whole[name].detach().contiguous().cpu() for name in sorted(kept)}

@@ -4,6 +4,9 @@
     pfeiffer   h + A(h) after the feed-forward alone
     parallel   h + A(x) where the feed-forward made h of x
 
+h is what is about to be added to the residual. In encoders that normalise after the sum (BERT), Pfeiffer's own reads h behind sum and
+norm, and a second norm follows; here it stands where Houlsby's second one does, so that no norm is added to the model.
+
 The modules themselves are in modeling_bottleneck.py. What is not in KNOWN is refused, since a part of the same name may
 have the residual in it already.
 """

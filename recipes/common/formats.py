@@ -397,6 +397,10 @@ def _read_turns(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, 
 def _read_answered(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
     messages = prompt_turns(row, names)
     answer = row[names["completion"]]
+    if row.get("label") is False:  # KTO's rows
+        raise BadRow(f"label is false, so {names['completion']} is an answer that was rejected: leave such rows out")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        answer = str(answer)  # as a table has it
     if isinstance(answer, str):
         messages = [*messages, {"role": "assistant", "content": answer}]
     elif isinstance(answer, Mapping) and "text" in answer and not {"role", "from"} & set(answer):  # SQuAD

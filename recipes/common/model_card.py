@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from recipes.common.run_folder import RunFolder
@@ -46,46 +47,52 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+AUTO_CLASSES = {  # the end of an architecture's name -> what opens it
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "BlankInfillingModel": "AutoModelForCausalLM",
+}
+
+
 def how_to_load(run: RunFolder) -> str:
-    """The lines of Python that load what the run saved, read off what is in its folder."""
-    config, adapter = run.path / "model" / "config.json", run.path / "adapter" / "adapter_config.json"
-    lines = []
-    if config.exists():
-        architecture = (json.loads(config.read_text()).get("architectures") or ["AutoModel"])[0]
-        auto = {
-            "ForCausalLM": "AutoModelForCausalLM",
-            "ForSequenceClassification": "AutoModelForSequenceClassification",
-            "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-            "ForPreTraining": "AutoModelForPreTraining",
-            "BlankInfillingModel": "AutoModelForCausalLM",
-        }
-        name = next((cls for end, cls in auto.items() if architecture.endswith(end)), "AutoModel")
-        lines = [
-            f"from transformers import {name}, AutoTokenizer",
-            "",
-            f'model = {name}.from_pretrained("{run.path}/model")',
-        ]
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{run.path}/model")')
-        if architecture == "BlankInfillingModel":
-            lines.insert(1, "from recipes.common import modeling_blank_infilling  # registers the model's type")
-    elif (run.path / "model" / "tokenizer.json").exists():
-        lines = [
-            "from transformers import AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{run.path}/model")',
-        ]
-    if adapter.exists():
-        lines += [
-            "",
-            "from peft import PeftModel",
-            "",
-            f'model = PeftModel.from_pretrained(base, "{run.path}/adapter")',
-        ]
-    elif (run.path / "adapter" / "adapter.json").exists():  # a method that peft lacks
-        lines += [
-            "",
-            "from recipes.common.adapter_files import load_adapter",
-            "",
-            f'model = load_adapter(base, "{run.path}/adapter")',
-        ]
-    return "## How to load it\n\n```python\n" + "\n".join(lines).strip() + "\n```" if lines else ""
+    """The lines of Python that load what the run saved, read off what is in its folder: the model, and the adapter on its base."""
+    blocks = [block for block in (_load_model(run.path / "model"), _load_adapter(run.path / "adapter")) if block]
+    code = "\n\n".join("```python\n" + "\n".join(block) + "\n```" for block in blocks)
+    return f"## How to load it\n\n{code}" if code else ""
+
+
+def _load_model(folder: Path) -> list[str]:
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    if not (folder / "config.json").exists():
+        alone = ["from transformers import AutoTokenizer", "", tokenizer]
+        return alone if (folder / "tokenizer.json").exists() else []
+    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or ["AutoModel"])[0]
+    auto = next((name for end, name in AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+    ours = "from recipes.common import modeling_blank_infilling  # registers the model's type"
+    return [
+        f"from transformers import {auto}, AutoTokenizer",
+        *([ours] if architecture == "BlankInfillingModel" else []),
+        "",
+        f'model = {auto}.from_pretrained("{folder}")',
+        tokenizer,
+    ]
+
+
+def _load_adapter(folder: Path) -> list[str]:
+    if not (folder / "base.json").exists():
+        return []
+    about = json.loads((folder / "base.json").read_text())
+    labels = f", num_labels={about['labels']}" if about["labels"] else ""
+    peft = (folder / "adapter_config.json").exists()
+    load = "PeftModel.from_pretrained" if peft else "load_adapter"  # ours: of a method that peft lacks
+    return [
+        "from peft import PeftModel" if peft else "from recipes.common.adapter_files import load_adapter",
+        f"from transformers import {about['class']}, AutoTokenizer",
+        "",
+        f'base = {about["class"]}.from_pretrained("{about["name"]}"{labels})',
+        f'model = {load}(base, "{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+    ]

@@ -98,16 +98,17 @@ def _with_first(output: Any, changed: torch.Tensor) -> Any:
 
 
 class LanguageAndTask(nn.Module):
-    """A task's adapter on top of the active language's, [..., d] -> [..., d]: L(h) + T(h + L(h))."""
+    """The active language's adapter, L(h), or a task's on top of it, T(h + L(h)), [..., d] -> [..., d]; h is added outside."""
 
     def __init__(self, languages: dict[str, Bottleneck], task: Bottleneck):
         super().__init__()
         self.languages, self.task = nn.ModuleDict(languages), task
         self.active: str | None = None
+        self.with_task = True
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        spoken = 0.0 if self.active is None else self.languages[self.active](h)
-        return spoken + self.task(h + spoken)
+        spoken = torch.zeros_like(h) if self.active is None else self.languages[self.active](h)
+        return self.task(h + spoken) if self.with_task else spoken
 
 
 class Invertible(nn.Module):

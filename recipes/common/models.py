@@ -71,6 +71,12 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         siblings = [str(p) for p in path.parent.glob("*")] if path.parent.exists() else []
         near = difflib.get_close_matches(name, siblings, n=1)
         raise UserError(f"model: no such folder: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    if looks_local and (path / "metrics.jsonl").exists():
+        holds = [name for name in ("model", "adapter") if (path / name).is_dir()]
+        raise UserError(
+            f"model: {name} is the folder of a run"
+            + (f"; give {' or '.join(str(path / kept) for kept in holds)}" if holds else ", which has saved no model")
+        )
     if (
         looks_local
         and what == "model"
@@ -222,8 +228,6 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from recipes.common.generation import stop_ids, turn_end
-
     auto_class = auto_class or AutoModelForCausalLM
     if (model.name is None) == (model.config is None):
         raise UserError("model: give either name (pretrained) or config (from scratch), and not both")
@@ -273,23 +277,30 @@ def load_model(
                 raise UserError(
                     f"{model.tokenizer} is not the tokenizer that {model.name} was trained with: leave out model.tokenizer"
                 )
-        if getattr(made, "generation_config", None) is not None:
-            # a checkpoint may name more than its tokenizer does: gemma's turns end in another token than its texts
-            stops = stop_ids(made, tokenizer) if model.name else []
-            if model.name and tokenizer.chat_template and auto_class is AutoModelForCausalLM:
-                end = turn_end(tokenizer)[0]
-                marks = tokenizer.added_tokens_decoder
-                if (
-                    end not in stops and end in marks and marks[end].special
-                ):  # a base model with a template for its tuned kin
-                    stops.append(end)
-                    run.choose("stop token", f"{marks[end]} too", "the chat template ends the assistant's turn with it")
-            made.generation_config.eos_token_id = stops if len(stops) > 1 else tokenizer.eos_token_id
-            made.generation_config.pad_token_id = tokenizer.pad_token_id
-        if made.config.pad_token_id is None:
-            made.config.pad_token_id = tokenizer.pad_token_id
+        settle_stops(made, tokenizer, run, fresh=model.name is None)
     _keep_tied_weights_together(made)
     return made
+
+
+def settle_stops(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunFolder, *, fresh: bool = False) -> None:
+    """Let the model name all tokens that end its answers, and the tokenizer's padding.
+
+    A checkpoint may name more than its tokenizer does: Gemma's turns end in another token than its texts. A base model may have
+    the chat template of its tuned kin (Qwen2.5's), and name the end of texts alone: the special token that ends a turn there joins.
+    """
+    from recipes.common.generation import stop_ids, turn_end
+
+    if getattr(model, "generation_config", None) is not None:
+        stops = [] if fresh else stop_ids(model, tokenizer)
+        if stops and tokenizer.chat_template and not model.config.is_encoder_decoder:
+            end, marks = turn_end(tokenizer)[0], tokenizer.added_tokens_decoder
+            if end not in stops and end in marks and marks[end].special:
+                stops.append(end)
+                run.choose("stop token", f"{marks[end]} too", "the chat template ends the assistant's turn with it")
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 # Classes whose head a recipe starts afresh on a checkpoint that has another one.

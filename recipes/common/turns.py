@@ -31,6 +31,7 @@ ROLES: dict[str, str] = {
     "ipython": "tool",
     "tool_response": "tool",
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what a turn may hold beside its content
 # Whose turn may come after whose; None is the start.
 FOLLOWS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -70,6 +71,13 @@ def read_messages(value: Any, name: str) -> list[Message]:
             near = nearest(str(said), ROLES)
             hint = f" (did you mean {near!r}?)" if near else ""
             raise BadRow(f"{at}: unknown role {said!r}{hint}; known are {', '.join(ROLES)}")
+        if role == "assistant" and turn.get("weight") == 0:
+            raise BadRow(f"{at} has weight 0, so it is not to be learned, and here every answer is: leave the row out")
+        if thought := next((name for name in THOUGHTS if turn.get(name)), None):
+            raise BadRow(
+                f"{at} has {thought} beside its content, and no chat template is given it here: put it into the content, as the "
+                "model is to write it (<think>...</think>), or leave that field out"
+            )
         if calls := turn.get("tool_calls"):
             said_too = [content] if isinstance(content, str) and content else []
             content = "\n".join([*said_too, *(call_json(call, at) for call in calls)])

@@ -58,8 +58,10 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     check_low_rank(task.base, config.lora, run)
     adapted = with_adapter(task.base, config.lora)
     matrices, expected = closed_form(adapted)
-    targets = adapted.peft_config["default"].target_modules  # a set of names, or one pattern
-    names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    targets = adapted.peft_config[
+        "default"
+    ].target_modules  # a set of names (of all-linear: of every layer's), or one pattern
+    names = targets if isinstance(targets, str) else ", ".join(sorted({name.rsplit(".", 1)[-1] for name in targets}))
     run.say(f"  lora: {matrices} matrices ({names}), sum of r (in + out) = {expected:,}")
     trainer, figures = adaptation.learn(task, adapted, config.training, config.evaluation, run, config.run)
     return figures | save_and_merge(task, trainer, adapted, run)

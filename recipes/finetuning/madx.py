@@ -3,11 +3,13 @@
     language   after each feed-forward:  h <- h + L(h)              trained on plain text of one language
     inverse    o1 = e1 + F(e2), o2 = e2 + G(o1)                     after the embedding, e = [e1, e2] its two halves;
                e2 = o2 - G(o1), e1 = o1 - F(e2)                     undone before the output layer (NICE's coupling)
-    task       on top:  h <- h + L(h) + T(h + L(h))                 trained on the source language's rows, L and F, G frozen
+    task       on top:  h <- h + T(h + L(h))                        trained on the source language's rows, L and F, G frozen
     zero-shot  swap L, F and G for the target language's, keep T
 
-L, T, F and G are bottleneck adapters, zero at first. Decoders learn a language here by next-token prediction; the paper's
-encoders do by hidden words. Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
+L, T, F and G are bottleneck adapters, zero at first. The task's residual is the feed-forward's output h: the paper found that to do
+better than one to the language adapter's (section 4.2). Its encoders are adapted behind the layer norm and learn a language by hidden
+words; here adapters stand before the residual's sum, and decoders learn it by next-token prediction.
+Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
 
     make madx                                       # laptop, offline, minutes, from what `make llama` made
     make madx CONFIG=gpu                            # one GPU, a public model
@@ -87,8 +89,8 @@ def put_in(model: PreTrainedModel, settings: MadX) -> None:
     invert_around(model, around)
 
 
-def speak(model: PreTrainedModel, language: str | None) -> None:
-    """Compute with this language's adapters, or with none."""
+def speak(model: PreTrainedModel, language: str | None, task: bool = True) -> None:
+    """Compute with this language's adapters, or with none, and with the task's on top or without."""
     from recipes.common.modeling_bottleneck import Inverses, LanguageAndTask
 
     for module in model.modules():
@@ -96,6 +98,8 @@ def speak(model: PreTrainedModel, language: str | None) -> None:
             if language is not None and language not in module.languages:
                 raise UserError(f"there is no adapter for {language!r}; there are {', '.join(module.languages)}")
             module.active = language
+        if isinstance(module, LanguageAndTask):
+            module.with_task = task
 
 
 def names_of(model: PreTrainedModel, language: str | None) -> set[str]:
@@ -170,10 +174,10 @@ def language_trainer(part: Task, model: PreTrainedModel, args: SFTConfig, run: R
 
 
 def learn_language(task: Task, language: str, text: DatasetDict, config: Config, run: RunFolder) -> None:
-    """Train a language's adapters on its text, the task's out of the way: zero."""
+    """Train a language's adapters on its text, the task's out of the way."""
     from recipes.common.stages import train_stage
 
-    speak(task.base, language)
+    speak(task.base, language, task=False)
     freeze_all_but(task.base, language)
     numbers = train_stage(
         f"language_{language}", replace(task, type="TEXT"), text, task.base, config.training,

@@ -310,9 +310,11 @@ def new_adapters_in_full_precision(model: PeftModel) -> Iterator[None]:
 
 def save_sums(model: PeftModel, task: Task, methods: list[str], run: RunFolder) -> dict[str, Path]:
     """adapters/<method>, in peft's format, with the base's fingerprint; gives the folders."""
+    from recipes.common import adaptation
+
     if run.is_main and methods:
         model.save_pretrained(str(run.path / "adapters"), selected_adapters=methods)
-        told = {"name": task.base.config._name_or_path or None, "fingerprint": task.fingerprint}
+        told = adaptation.about_base(task)
         for method in methods:
             write_atomically(run.path / "adapters" / method / "base.json", json.dumps(told, indent=2) + "\n")
     wait_for_everyone()

@@ -175,7 +175,8 @@ def test_folder(tmp_path, names, expected, capsys):
         (["gsm_train.txt", "gsm_test.txt"], {"train": 1, "validation": 1}),
         (["train/test_utils.txt", "train/b.txt", "test/a.txt"], {"train": 2, "validation": 1}),
         (["test_utils.txt", "utils.txt", "how-to-test.txt"], {"train": 2, "validation": 1}),  # titles
-        (["src/a.txt", "utils.txt", "test/a.txt"], {"train": 2, "validation": 1}),  # a tree of code
+        (["src/a.txt", "utils.txt", "test/a.txt"], {"train": 2, "validation": 1}),  # trees of code
+        (["src/train.txt", "utils.txt", "src/a.txt"], {"train": 2, "validation": 1}),
     ],
 )
 def test_folder_of_documents(tmp_path, names, expected, capsys):
@@ -185,6 +186,18 @@ def test_folder_of_documents(tmp_path, names, expected, capsys):
     found = load_data(Data(name=str(tmp_path)), "text")
     assert {split: len(rows) for split, rows in found.items()} == expected
     assert ("one pile of documents" in capsys.readouterr().out) == ("utils.txt" in names)
+
+
+def test_parquet_of_datasets_keeps_the_names_of_its_classes(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = {"text": [f"text {i}" for i in range(10)], "label": [i % 2 for i in range(10)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    found = load_data(Data(name=str(tmp_path / "a.parquet")), "classification")
+    assert set(found["train"]["label"]) == {"bad", "good"}
 
 
 def test_folder_of_save_to_disk(tmp_path):

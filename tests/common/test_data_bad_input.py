@@ -108,6 +108,12 @@ BAD_FILES = {
     "blank text": ("a.txt", b" \n ", "text", ["holds only blank text"]),
     "text asked for turns": ("a.txt", b"hello\n", "conversation", ["a.txt: holds plain text", "no turns"]),
     "unknown ending": ("a.xlsx", b"hello", "text", ["no reader for files called 'a.xlsx'", ".jsonl", ".parquet"]),
+    "the same complaint of two numbers": (
+        "a.jsonl",
+        b'{"text": 3.5}\n{"text": -4e-7}\n{"text": "a"}\n',
+        "text",
+        ["a.jsonl:1: text is a number (3.5), not text (and 1 more line: lines 2)"],
+    ),
     "text is a number": ("a.jsonl", b'{"text": 3}\n{"text": "a"}\n', "text", ["a.jsonl:1: text is a number (3)"]),
 }
 
@@ -215,7 +221,8 @@ def test_bad_names(tmp_path, monkeypatch):
         ({"train.json": '{"x": [{}], "y": [{}]}'}, ["splits of its own (x, y)"]),
         ({"train_test.jsonl": "{}"}, ["train_test.jsonl names several splits (train, test)"]),
         ({"train.jsonl": "{}", "extra.jsonl": "{}"}, ["train.jsonl (train)", "others are not: extra.jsonl"]),
-        ({"train.txt": "a", "extra.txt": "b"}, ["train.txt (train)", "others are not: extra.txt"]),
+        ({"train.txt": "a", "test.txt": "b", "extra.txt": "c"}, ["train.txt (train)", "others are not: extra.txt"]),
+        ({"a.csv": "question;answer\nx;y\n"}, ["a.csv:1: the header is one field", "separated by ';'"]),
     ],
 )
 def test_bad_folder(tmp_path, files, fragments):

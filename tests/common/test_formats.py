@@ -39,6 +39,11 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
         turns("u: Who?\nAnn wrote it.", "a: Ann"),
     ),
     "input and output": ({"input": "Add", "output": "3"}, turns("u: Add", "a: 3")),
+    "an answer that is a whole number": ({"prompt": "Add", "completion": 3, "label": True}, turns("u: Add", "a: 3")),
+    "fields that say nothing": (
+        {"messages": [*turns("u: hi"), turns("a: hello")[0] | {"weight": 1, "reasoning_content": None}]},
+        turns("u: hi", "a: hello"),
+    ),
     "sharegpt": ({"conversations": sharegpt("u: hi", "a: hello")}, turns("u: hi", "a: hello")),
     "sharegpt with a system column": (
         {"conversations": sharegpt("u: hi", "a: hello"), "system": "S"},
@@ -333,7 +338,14 @@ BAD = [
     # prompt and completion
     ({"instruction": "a", "output": " \n"}, C, ["empty answer", "output holds no text"]),
     ({"instruction": "", "input": "", "output": "b"}, C, ["instruction is empty"]),
-    ({"instruction": "a", "output": 4}, C, ["output is a number (4)"]),
+    ({"instruction": "a", "output": 4.5}, C, ["output is a number (4.5)"]),
+    ({"prompt": "a", "completion": "b", "label": False}, C, ["label is false", "an answer that was rejected"]),
+    ({"messages": [*turns("u: q"), turns("a: a")[0] | {"weight": 0}]}, C, ["turn 2 has weight 0"]),
+    (
+        {"messages": [*turns("u: q"), turns("a: a")[0] | {"reasoning_content": "r"}]},
+        C,
+        ["turn 2 has reasoning_content"],
+    ),
     ({"instruction": ["x"], "output": "4"}, C, ["instruction is a string"]),
     ({"prompt": "a", "completion": "b", "history": "c"}, C, ["history is a string ('c'), not a list"]),
     ({"prompt": "a", "completion": "b", "history": [["c"]]}, C, ["entry 1 is not a pair"]),

@@ -9,6 +9,7 @@ bend them to an answer that the rows always have.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,19 @@ def trained_model(
     assert run_recipe(recipe.main, recipe.Config, [*line, "--run.root", str(root)]) == 0
     folder = root / Path(recipe.__file__).stem / "default"
     return folder, json.loads((folder / "metrics.json").read_text()), kept[0]
+
+
+def check_card(folder: Path, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Each block of Python in the run's card loads a model that computes what the trained one does."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert blocks and not (folder / "adapter" / "README.md").exists()
+    for block in blocks:
+        loaded: dict[str, Any] = {}
+        exec(block, loaded)
+        assert loaded["tokenizer"]("Is it 3?")["input_ids"]
+        with torch.no_grad():
+            told = loaded["model"].eval()(**inputs).logits
+            assert torch.allclose(told, model.eval()(**inputs).logits, atol=1e-4)
 
 
 def check_resume(

@@ -64,6 +64,12 @@ def test_it_learns(trained: Any) -> None:
     assert figures["eval_loss"] < figures["baseline_loss"] - 0.5
 
 
+def test_the_lines_of_its_card_load_it_merged_and_as_an_adapter(trained: Any) -> None:
+    folder, _ = trained
+    ids = {"input_ids": torch.arange(10, 210).view(4, 50)}
+    checks.check_card(folder, AutoModelForCausalLM.from_pretrained(folder / "model"), ids)
+
+
 def test_what_learns_is_the_closed_form(trained: Any) -> None:
     """r (in + out) for q (32 x 32), v (32 x 16), up (32 x 64), down (64 x 32), in each of 2 layers."""
     _, figures = trained

@@ -105,7 +105,9 @@ def test_the_task_stands_on_the_language() -> None:
     assert torch.equal(both(h), both.task(h))
     both.active = "zh"
     spoken = both.languages["zh"](h)
-    assert torch.allclose(both(h), spoken + both.task(h + spoken))
+    assert torch.allclose(both(h), both.task(h + spoken))  # the residual is h's, added outside
+    both.with_task = False
+    assert torch.equal(both(h), spoken)
 
 
 def test_it_starts_as_it_was_in_every_language() -> None:
@@ -140,7 +142,7 @@ def test_the_inverse_stands_before_the_output_layer() -> None:
 @pytest.mark.parametrize("language", ["en", "zh", None])
 def test_only_the_language_or_the_task_gets_gradients(language: str | None) -> None:
     model = adapted_model()
-    madx.speak(model, language or "en")
+    madx.speak(model, language or "en", task=language is None)
     names = madx.names_of(model, language)
     task, spoken = closed_form(32, 8), closed_form(32, 16)
     expected = 2 * (task if language is None else spoken) + (0 if language is None else 2 * closed_form(16, 8))

@@ -125,7 +125,8 @@ def test_cat_is_the_weighted_sum_whatever_the_ranks(
         assert torch.allclose(model.eval()(**BATCH).logits, expected, atol=1e-4)
 
     run.path = tmp_path
-    task: Any = type("Task", (), {"base": base, "fingerprint": fingerprint(fresh(chat_model))})
+    told = {"type": "CAUSAL_LM", "base": base, "classes": [], "fingerprint": fingerprint(fresh(chat_model))}
+    task: Any = type("Task", (), told)
     saved = multi_adapter.save_sums(model, task, ["cat"], run)
     again = load_adapter(fresh(chat_model), saved["cat"])  # with its fingerprint, and its scale of 1
     with torch.no_grad():

@@ -228,6 +228,11 @@ def test_a_text_is_cut_between_characters_whose_bytes_are_tokens(arguments: Any)
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
+def test_the_lines_of_its_card_load_it(trained: Any) -> None:
+    folder, _, model = trained
+    checks.check_card(folder, model, INPUTS)
+
+
 def test_the_adapter_reloads_on_a_base_that_is_what_it_was(trained: Any, chat_model: Path) -> None:
     folder, _, model = trained
     checks.check_base_untouched(model, AutoModelForCausalLM.from_pretrained(chat_model))

@@ -119,6 +119,11 @@ def test_it_tells_by_context_what_no_word_tells(trained: Any) -> None:
     assert figures["eval_loss"] < figures["baseline_loss"] - 0.5
 
 
+def test_the_lines_of_its_card_load_it(trained: Any) -> None:
+    folder, _, model = trained
+    checks.check_card(folder, model, INPUTS)
+
+
 def test_the_adapter_reloads_on_a_base_that_is_what_it_was(trained: Any, chat_model: Path) -> None:
     folder, figures, model = trained
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -194,6 +194,11 @@ def test_what_is_measured_has_the_prefix_in_it(trained: Any) -> None:
     assert abs(adapted.item() - figures["eval_loss"]) < 0.05
 
 
+def test_the_lines_of_its_card_load_it(trained: Any) -> None:
+    folder, _, model = trained
+    checks.check_card(folder, model, INPUTS)
+
+
 def test_the_adapter_reloads_on_a_base_that_is_what_it_was(trained: Any, chat_model: Path) -> None:
     folder, _, model = trained
     checks.check_base_untouched(model, AutoModelForCausalLM.from_pretrained(chat_model))

@@ -229,14 +229,17 @@ def _read_table(dialect: Literal["csv", "tsv"], shown: str, path: Path) -> Rows:
             continue
         if header is None:
             header = [column.strip() for column in fields]
+            if len(header) == 1 and (other := next((mark for mark in (";", "\t") if mark in header[0]), None)):
+                raise UserError(
+                    f"{shown}:{begins}: the header is one field, {header[0][:60]!r}: its fields seem to be separated by "
+                    f"{other!r}; separate them by commas" + (", or call the file .tsv" if other == "\t" else "")
+                )
             twice = sorted({column for column in header if header.count(column) > 1})
             if twice:
                 raise UserError(f"{shown}:{begins}: the header names {', '.join(map(repr, twice))} twice")
             continue
         if len(fields) != len(header):
-            other = ";" if dialect == "csv" and len(header) == 1 and ";" in header[0] else None
-            hint = f"; its fields seem to be separated by {other!r}" if other else ""
-            yield begins, BadRow(f"{counted(len(fields), 'field')} where the header has {len(header)}{hint}")
+            yield begins, BadRow(f"{counted(len(fields), 'field')} where the header has {len(header)}")
             continue
         yield begins, dict(zip(header, fields, strict=True))
 
@@ -269,12 +272,20 @@ def _read_parquet(shown: str, path: Path) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(source) as file:
+            names = names_of_classes(_features_of(file.schema_arrow))
             for batch in file.iter_batches(batch_size=1_000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, with_class_names(row, names)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(f"{shown}: not a Parquet file, or a damaged one: {first_line(error)}") from None
+
+
+def _features_of(schema: pa.Schema) -> Any:
+    """The columns' features as `datasets` wrote them into a Parquet file; None in anybody else's."""
+    import datasets
+
+    return datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else None
 
 
 FILE_READERS: dict[str, Callable[[str, Path], Rows]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,9 @@ from recipes.common.row_values import BadRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+VALUE = re.compile(r" \(-?\d[\d.e+-]*\)")  # a number that stands in a row, as `shown_type` shows it
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Report:
 
     def add(self, part: Part, number: int, complaint: str) -> None:
         self.bad += 1
+        alike = VALUE.sub("", complaint)  # the first of those that differ in a number alone speaks for all
+        complaint = next((other for other in self.places if VALUE.sub("", other) == alike), complaint)
         if complaint not in self.places and len(self.places) == PROBLEMS_SHOWN:
             self.unlisted += 1
             return

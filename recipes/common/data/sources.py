@@ -285,14 +285,16 @@ def _splits_of(name: str, insides: list[Path], documents: bool) -> list[str]:
     """The split of each file of a folder, by the words of its name and of the folders above it; train where none has any.
 
     gsm_train.jsonl, test-00000-of-00002-a1b2.parquet, dev/a.jsonl. A document's name is its title too (test_utils.py): unless
-    every document names one split, only train.txt and the like do, and only where one is train: a tree of code has a folder test/.
+    every document names one split, only train.txt and the like do, and only where some train and some are held out: a tree of code
+    has a folder test/, or a train.py.
     Raises UserError for files of no split beside some of train: they may be more training rows, or anything else.
     """
     named = [_splits_in_words(inside) for inside in insides]
     if documents and any(len(splits) != 1 for splits in named):
         titles = [str(inside) for inside, splits in zip(insides, named, strict=True) if splits]
         named = [_split_that_is_the_name(inside) for inside in insides]
-        if not all(named) and ["train"] not in named:
+        there = {split for splits in named for split in splits}
+        if not all(named) and not ("train" in there and len(there) > 1):
             named = [[] for _ in insides]
         if titles and not any(named):
             say(f"data: {name}: one pile of documents, for not all are called after a split: {some_of(titles)}")

@@ -27,10 +27,12 @@ def choose_splits(source: Source, data: Data) -> tuple[str, str | None, str | No
         bases[key] = base
         if base not in source.splits:
             near = nearest(base, source.splits)
-            problems.append(
-                f"data.{key}: {source.name} has no split {base!r}; it has {', '.join(source.splits)}"
-                f"{f' (did you mean {near!r}?)' if near else ''}"
-            )
+            hint = f" (did you mean {near!r}?)" if near else ""
+            if "[" in base and base.split("[")[0] in source.splits:
+                hint = "; slices are for data sets of the hub: data.max_samples takes the first rows of any"
+            elif not near and len(source.splits) == 1 and key == "split":
+                hint = f"; if that is what trains, set data.split: {source.splits[0]}"
+            problems.append(f"data.{key}: {source.name} has no split {base!r}; it has {', '.join(source.splits)}{hint}")
     if problems:
         raise UserError(problems)
     held_out = data.validation_split or next(
