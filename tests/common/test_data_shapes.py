@@ -149,6 +149,11 @@ def scored(tmp_path: Path) -> str:
 COLUMNS = {"text": "sentence1", "text_pair": "sentence2", "label": "score", "split": "split"}
 
 
+def test_a_column_of_splits_that_nobody_asked_for_is_told_of(scored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load_data(Data(name=scored, columns={"label": "score"}), "scored_pair")
+    assert "its column `split` names dev, test, train, and all its rows are taken for train" in capsys.readouterr().out
+
+
 def test_a_column_says_which_split_a_row_is_of(scored: str) -> None:
     found = load_data(Data(name=scored, columns=COLUMNS), "classification")
     for ours, theirs in (("train", "train"), ("validation", "dev"), ("test", "test")):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common import formats
-from recipes.common.data.readers import Row
+from recipes.common.data.readers import SPLIT_NAMES, Row
 from recipes.common.data.rows import Report, arrow_types, refuse_unseen, row_bytes, still_unseen
 from recipes.common.data.sources import Source
 from recipes.common.data.splits import choose_splits, cut_document, held_out
@@ -134,6 +134,7 @@ def _read(source: Source, split: str, kind: Kind, data: Data) -> tuple[pa.Table,
     table = _Table(kind, shown)
     blank = 0
     unseen = dict(data.columns or {})
+    named: set[str] = set()  # what a column `split` says, where nobody asked for it
     try:
         for part in parts:
             for number, row in part.read():
@@ -141,6 +142,8 @@ def _read(source: Source, split: str, kind: Kind, data: Data) -> tuple[pa.Table,
                 try:
                     if isinstance(row, BadRow):
                         raise row
+                    if "split" in row and "split" not in (data.columns or {}):
+                        named.add(str(row["split"]).lower())
                     if unseen:
                         unseen = still_unseen(unseen, row)
                     result = _canonical(row, source.native, kind, data.columns)
@@ -156,6 +159,11 @@ def _read(source: Source, split: str, kind: Kind, data: Data) -> tuple[pa.Table,
     refuse_unseen(unseen, shown)
     if report.total == blank + report.bad:
         raise UserError(f"{shown} holds {'only blank text' if blank else 'no rows'}")
+    if len(named) > 1 and named <= SPLIT_NAMES.keys():
+        say(
+            f"data: {shown}: its column `split` names {', '.join(sorted(named))}, and all its rows are taken for {split}: to take "
+            "them apart, data.columns: {split: split}"
+        )
     if blank:
         say(f"data: {shown}: left out {blank} of {report.total} rows whose text is blank")
     return table.finish()
