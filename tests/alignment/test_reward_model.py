@@ -582,7 +582,7 @@ def test_a_model_without_a_pad_token_of_its_own_is_refused(tiny, preferences, tm
     assert AutoTokenizer.from_pretrained(other).pad_token is None
     assert run(other, preferences, tmp_path) == 2
     error = capsys.readouterr().err
-    assert "stop token" in error and "model.tokenizer" in error and "Traceback" not in error
+    assert "with which an answer ends" in error and "model.tokenizer" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("more", [{"training__label_smoothing_factor": 0.1}, {"training__data_seed": 1}])

@@ -180,8 +180,8 @@ BAD: dict[str, tuple[checks.Changes, str]] = {
     "a target above the start": ({"adalora.target_r": 6}, "nothing would be pruned"),
     "another number of steps": ({"adalora.total_step": 77}, "leave it out"),
     "a rank above the layer": (
-        {"adalora.init_r": 17, "adalora.target_modules": "all-linear"},
-        "adalora.init_r: 17 is above what",
+        {"adalora.init_r": 500, "adalora.target_modules": "all-linear"},
+        "adalora.init_r: 500 is above what",
     ),
     "a target that is not there": ({"adalora.target_modules": "[qproj]"}, "did you mean q_proj"),
     "a fresh model": ({"model.name": "null", "model.config": "{model_type: llama}"}, "adapts a pretrained model"),
