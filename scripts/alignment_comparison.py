@@ -7,9 +7,10 @@
 SFT, best-of-n against the reward model, DPO, PPO and GRPO, each by its recipe and its laptop config, on the same training
 prompts (the reward model learns from ranked answers to others). Then the scores: the share of the builtin tasks' test
 questions answered exactly right, the learned reward, and the KL from the SFT model. And PPO once more with its KL left
-free: what happens to the true score while the learned reward goes on rising.
+free (no penalty, no early stop, a rate that does not fall): what happens to the true score while the learned reward goes on rising.
 
-The report is <root>/README.md, the figures <root>/comparison.json; other arguments go to every recipe.
+The report is <root>/README.md, the figures <root>/comparison.json; a run that fails is left out and told of. Other arguments go
+to every recipe.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from side_by_side import Step, run_step, told  # first: it makes `recipes` importable
+import yaml
+from side_by_side import Step, positive, refuse_planned, run_step, told  # first: it makes `recipes` importable
 
 from recipes.common.best_of_n import kl_bound, value_of_best
-from recipes.common.run_folder import RunFolder, write_atomically
+from recipes.common.errors import UserError
+from recipes.common.run_folder import RunFolder, digest, write_atomically
 from recipes.common.sections import Evaluation, Model
 
 SFT_STEPS = 800  # of `make full`'s 1400: a model with something left to learn
-FREE_STEPS = 150  # of PPO without a KL penalty, three times its laptop config's
+FREE_STEPS = 400  # of PPO with nothing that holds its KL: four times its laptop config's, at a rate that does not fall
 QUESTIONS = 1000  # test questions that every model answers
 DRAWS = 16  # best-of-n draws that many answers to each
 EVALUATION = Evaluation(max_samples=QUESTIONS, batch_size=200, max_new_tokens=24)
@@ -56,7 +59,10 @@ def plan(root: Path, seeds: int, model: Path | None) -> list[Step]:
             Step("ppo", "alignment", "ppo", f"seed{seed}", (*seeded, *judge)),
             Step("grpo", "alignment", "grpo", f"seed{seed}", seeded),
         ]
-    free = ("--ppo.kl_coefficient", "0", "--training.max_steps", str(FREE_STEPS), "--training.save_steps", "50")
+    free = (
+        "--ppo.kl_coefficient", "0", "--ppo.stop_kl", "null", "--training.lr_scheduler_type", "constant_with_warmup",
+        "--training.max_steps", str(FREE_STEPS), "--training.save_steps", "100",
+    )  # fmt: skip
     steps.append(Step("ppo_free", "alignment", "ppo", "free", (*start, *judge, *free)))
     return steps
 
@@ -68,6 +74,7 @@ class Bench:
     """The SFT model, the reward model and the questions, and the scores of any policy against them."""
 
     def __init__(self, root: Path, sft: Path, questions: int):
+        self.of = (sft, root / "reward_model" / "judge" / "model")
         from recipes.common.builtin import BUILTINS
         from recipes.common.models import load_model, load_tokenizer
         from recipes.common.own_answers import load_reward_model
@@ -76,8 +83,7 @@ class Bench:
         self.section = Model(str(sft))
         self.tokenizer = load_tokenizer(self.section, self.run, chat=True)
         self.start = load_model(self.section, self.tokenizer, self.run).requires_grad_(False).eval()
-        judge = str(root / "reward_model" / "judge" / "model")
-        self.judge = load_reward_model(judge, self.section, self.tokenizer, self.run, "reward_model")
+        self.judge = load_reward_model(str(self.of[1]), self.section, self.tokenizer, self.run, "reward_model")
         self.rows = BUILTINS["tasks"].load("test", 0)[:questions]
 
     def learned(self, rows: Any, answers: Sequence[Sequence[int]]) -> list[float]:
@@ -116,9 +122,11 @@ class Bench:
         ]
         return {**curve[-1], "curve": curve}
 
-    def kept(self, name: str, measure: Any) -> dict[str, Any]:
-        """Scores from <root>/scores/<questions>/<name>.json, or measured now and put there."""
-        path = self.root / "scores" / str(len(self.rows)) / f"{name}.json"
+    def kept(self, name: str, policy: Path, measure: Any) -> dict[str, Any]:
+        """Scores from <root>/scores/<questions>/, or measured now and put there, by the names of the models: of one that was
+        trained again since, or of another SFT or reward model, they are others."""
+        models = "-".join(digest(folder) for folder in (policy, *self.of))
+        path = self.root / "scores" / str(len(self.rows)) / f"{name}-{models}.json"
         if not path.exists():
             print(f"scoring {name}", flush=True)
             write_atomically(path, json.dumps(measure(), indent=2) + "\n")
@@ -132,15 +140,32 @@ def score_all(
     bench = Bench(root, sft, questions)
     scores: dict[str, list[dict[str, Any]]] = {"sft": [], "best_of_n": []}
     for seed in range(seeds):
-        scores["sft"].append(bench.kept(f"sft-{seed}", lambda seed=seed: bench.policy(sft, seed)))
-        scores["best_of_n"].append(bench.kept(f"best_of_n-{seed}", lambda seed=seed: bench.best_of_n(seed)))
+        scores["sft"].append(bench.kept(f"sft-{seed}", sft, lambda seed=seed: bench.policy(sft, seed)))
+        scores["best_of_n"].append(bench.kept(f"best_of_n-{seed}", sft, lambda seed=seed: bench.best_of_n(seed)))
     for step in steps:
-        if step.recipe not in ("full", "reward_model"):
-            folder, seed = step.folder(root), len(scores.get(step.method, []))
-            found = bench.kept(f"{step.recipe}-{step.name}", lambda: bench.policy(folder / "model", seed))  # noqa: B023
-            seconds = json.loads((folder / "metrics.json").read_text())["wall_seconds"]
-            scores.setdefault(step.method, []).append({**found, "wall_seconds": seconds})
+        figures = step.figures(root)
+        if step.recipe not in ("full", "reward_model") and figures is not None:
+            model, seed = step.folder(root) / "model", seed_of(step)
+            found = bench.kept(f"{step.recipe}-{step.name}", model, lambda: bench.policy(model, seed))  # noqa: B023
+            more = {"seed": seed, "wall_seconds": figures["wall_seconds"], "answers": answers_learned_from(step, root)}
+            scores.setdefault(step.method, []).append(found | more)
     return scores
+
+
+def seed_of(step: Step) -> int:
+    """The seed of a run, as its name tells it; 0 of the one with its KL left free."""
+    return int(step.name.removeprefix("seed")) if step.name.startswith("seed") else 0
+
+
+def answers_learned_from(step: Step, root: Path) -> int:
+    """How many answers a run sampled to learn from, by its config."""
+    config = yaml.safe_load((step.folder(root) / "config.yaml").read_text())
+    training = config["training"]
+    if step.recipe == "dpo":
+        return config["dpo"]["sampled_prompts"] * config["dpo"]["samples"]
+    if step.recipe == "ppo":
+        return training["max_steps"] * config["ppo"]["rollouts"]
+    return training["max_steps"] // training["num_iterations"] * training["per_device_train_batch_size"]
 
 
 # ---------------------------------------------------------------- report
@@ -149,21 +174,22 @@ def score_all(
 def table(scores: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown row a method. The gain is over the SFT model's answers to the same questions, seed by seed."""
     lines = [
-        "| method | learns from | right, sampled | gain | right, greedy | learned reward | KL, nats an answer | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | learns from | right, sampled | gain | right, greedy | learned reward | KL, nats an answer | answers sampled | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, (name, source) in METHODS.items():
         rows = scores.get(method, [])
         if not rows:
             continue
         base = [row["sampled_exact_match"] for row in scores["sft"]]
-        gains = [row["sampled_exact_match"] - start for row, start in zip(rows, base, strict=False)]
+        gains = [row["sampled_exact_match"] - base[row.get("seed", i)] for i, row in enumerate(rows)]
         cells = [
             told([row["sampled_exact_match"] for row in rows], 3),
             "" if method == "sft" else told(gains, 3),
             told([row.get("exact_match") for row in rows], 3),
             told([row["reward"] for row in rows], 2),
             ("at most " if method == "best_of_n" else "") + told([row["kl"] for row in rows], 2),
+            told([row.get("answers") for row in rows], 0),
             told([row.get("wall_seconds") for row in rows], 0),
         ]
         lines.append(f"| {name} | {source} | " + " | ".join(cells) + " |")
@@ -186,7 +212,7 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
     """The frontier of true score (and of learned reward) and KL, and the over-optimisation picture."""
     run = RunFolder(root, recipe="alignment_comparison")
     colours = {method: f"C{i}" for i, method in enumerate(METHODS)}
-    first = {step.method: step.folder(root) for step in reversed(steps)}
+    first = {step.method: step.folder(root) for step in reversed(steps) if step.figures(root) is not None}
 
     def frontier(axes: Any, along: str, figure: str) -> None:
         curve = scores["best_of_n"][0]["curve"]
@@ -197,7 +223,8 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
         for method in ("ppo", "grpo", "ppo_free"):
             if method in first and not (method == "grpo" and along == "reward"):  # GRPO's reward is the checker
                 path = trajectory(first[method])
-                axes.plot(path["kl"], path[along], "-", color=colours[method], alpha=0.4)
+                label = f"{METHODS[method][0]}, as it learns (its prompts)"
+                axes.plot(path["kl"], path[along], "-", color=colours[method], alpha=0.4, label=label)
         for method, rows in scores.items():
             if method != "best_of_n":
                 axes.plot(
@@ -232,21 +259,45 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
         run.plot("over_optimisation", over_optimisation)
 
 
-def report(scores: dict[str, list[dict[str, Any]]], sft: Path, questions: int) -> str:
-    """README.md of the comparison."""
+def over_optimised(folder: Path) -> str:
+    """What the run with its KL left free shows, said from its curve: by its best and its last tenth."""
+    path = trajectory(folder)
+    true, reward = path["true_score"], path["reward"]
+    last = max(1, len(true) // 10)
+    best, end = max(true), sum(true[-last:]) / last
+    text = (
+        f"With its KL left free PPO went to {path['kl'][-1]:.1f} nats an answer: the learned reward from {reward[0]:.2f} to "
+        f"{reward[-1]:.2f}, the true score on the prompts that it learns from from {true[0]:.3f} to {best:.3f} at best and {end:.3f} in the end"
+    )
+    fell = end < best - 0.03
+    return text + (
+        ": over-optimised." if fell else ": it was not over-optimised in these steps, so the picture shows no fall."
+    )
+
+
+def report(
+    scores: dict[str, list[dict[str, Any]]],
+    sft: Path,
+    questions: int,
+    failed: Sequence[str] = (),
+    free: Path | None = None,
+) -> str:
+    """README.md of the comparison. `failed`: runs that ended otherwise than well; `free`: PPO's with its KL left free."""
     seeds = len(scores["sft"])
     return "\n\n".join(
         [
             "# Alignment methods side by side",
+            *([f"**Not in it, for they failed: {', '.join(failed)}.**"] if failed else []),
             f"All start from {sft}; {questions} test questions of the builtin tasks, answered at temperature 1 "
             f"(and greedily); mean over {seeds} seed{'s' if seeds > 1 else ''}, and from where to where. Right is what the "
             "tasks' own checker says. The learned reward is in standard deviations, 0 for a good answer.",
             table(scores),
             "Best-of-n trains nothing, and pays with n answers for each that it gives. DPO and GRPO were told by the "
-            "checker what is right, PPO by the reward model, which errs.",
+            "checker what is right, PPO by the reward model, which errs. The methods sample unlike numbers of answers to learn from, as "
+            "their laptop configs have it, and seconds hold each recipe's own measurement before and after; the reward model's are not in them.",
             "![True score against KL](plots/frontier.png)",
             "![Learned reward against KL](plots/reward_frontier.png)",
-            "![Over-optimisation](plots/over_optimisation.png)",
+            *([over_optimised(free), "![Over-optimisation](plots/over_optimisation.png)"] if free else []),
         ]
     ) + "\n"  # fmt: skip
 
@@ -255,20 +306,41 @@ def main(argv: list[str]) -> int:
     """Run what is missing, score it, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/alignment_comparison"), help="where all of it goes")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--model", type=Path, help="the SFT model (default: a half-trained one, made first)")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="test questions that every model answers")
+    parser.add_argument(
+        "--questions",
+        type=positive,
+        default=QUESTIONS,
+        help=f"test questions, at most {QUESTIONS}, that every model answers",
+    )
     asked, extra = parser.parse_known_args(argv)
     steps = plan(asked.root, asked.seeds, asked.model)
+    try:
+        refuse_planned(steps, extra)
+        if asked.model is not None and not (asked.model / "config.json").exists():
+            raise UserError(f"--model: {asked.model} holds no config.json, so it is not a saved model")
+        if asked.questions > QUESTIONS:
+            raise UserError(f"--questions: {asked.questions} is more than {QUESTIONS}")
+    except UserError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    failed: list[str] = []
     for step in steps:
-        run_step(step, asked.root, extra)
+        if code := run_step(step, asked.root, extra):
+            if step.recipe in ("full", "reward_model"):  # all others stand on it
+                return code
+            failed.append(f"{step.recipe}/{step.name} (exit code {code})")
     sft = asked.model or asked.root / "full" / "sft" / "model"
     scores = score_all(asked.root, steps, sft, asked.seeds, asked.questions)
     draw(asked.root, steps, scores)
+    free = next(
+        (step.folder(asked.root) for step in steps if step.method == "ppo_free" and step.figures(asked.root)), None
+    )
     write_atomically(asked.root / "comparison.json", json.dumps(scores, indent=2) + "\n")
-    write_atomically(asked.root / "README.md", report(scores, sft, asked.questions))
+    write_atomically(asked.root / "README.md", report(scores, sft, asked.questions, failed, free))
     print(f"\n{table(scores)}\n\n  {asked.root / 'README.md'}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

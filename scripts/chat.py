@@ -188,16 +188,17 @@ class Chat:
     def _prompt_that_fits(self) -> list[int] | None:
         """The conversation as token ids, without its oldest turns if the model has no room for all of it."""
         positions = model_positions(self.model)
-        dropped = 0
+        dropped, kept = 0, self.messages
         while True:
-            (prompt,) = prompt_ids(self.tokenizer, [self.messages])
+            (prompt,) = prompt_ids(self.tokenizer, [kept])
             if positions is None or len(prompt) + min(self.max_new_tokens, positions // 4) <= positions:
                 break
-            if len(self.messages) == 1:
+            if len(kept) == 1:  # nothing is forgotten for a question that cannot be asked
                 self.note(f"too long: {len(prompt)} tokens with the template, and the model has {positions} positions")
                 return None
-            del self.messages[:2]
+            kept = kept[2:]
             dropped += 1
+        self.messages = kept
         if dropped:
             self.note(
                 f"the conversation has outgrown the model's {positions} positions: the oldest {dropped} turn(s) are "
@@ -269,7 +270,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(argv)
     if parsed.max_new_tokens < 1:
         parser.error("--max-new-tokens must be at least 1")
-    if parsed.temperature is not None and parsed.temperature < 0:
+    if parsed.temperature is not None and not parsed.temperature >= 0:  # nor nan
         parser.error("--temperature must be at least 0")
     return parsed
 
@@ -286,6 +287,8 @@ def main(argv: list[str], stdin: TextIO, stdout: TextIO) -> int:
         return 2
     if hasattr(stdin, "reconfigure"):
         stdin.reconfigure(encoding="utf-8", errors="replace")
+    if hasattr(stdout, "reconfigure"):
+        stdout.reconfigure(errors="replace")  # a terminal of few characters
     chat = Chat(model, tokenizer, stdout, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature)
     if stdin.isatty():
         size = sum(p.numel() for p in model.parameters())

@@ -28,7 +28,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from side_by_side import ROOT, Step, check_words, mean, run_step, told  # first: it makes `recipes` importable
+from side_by_side import (
+    ROOT,
+    Step,
+    check_words,
+    mean,
+    positive,
+    refuse_planned,
+    run_step,
+    told,
+)  # first: it makes `recipes` importable
 
 from recipes.common.errors import UserError
 from recipes.common.models import ensure_made
@@ -52,13 +61,14 @@ class Base:
 
 
 # The same kernel for all, and nothing compiled, which a recipe may decide halfway: the times of a step stand side by side.
-ALIKE = {"model.attention": "eager", "training.torch_compile": "false"}
+# Scored on the test rows: the recipes' rates and sizes were chosen on those of validation.
+ALIKE = {"model.attention": "eager", "training.torch_compile": "false", "data.validation_split": "test"}
 BASES = {
     "llama": Base(
         "LLaMA", "questions that can be checked, and questions about the standard library", "CAUSAL_LM", "exact_match", 1400,
         ALIKE | {
             "model.name": "runs/llama/default/model", "data.name": "[tasks, pydocs_qa]", "data.max_validation_samples": 1000,
-            "evaluation.max_samples": 400, "evaluation.batch_size": 100, "evaluation.max_new_tokens": 24,
+            "evaluation.max_samples": 800, "evaluation.batch_size": 100, "evaluation.max_new_tokens": 24,
         },
     ),
     "bert": Base(
@@ -226,7 +236,7 @@ def table(found: Found, score: str) -> str:
     """A Markdown row a method, the base before them."""
     lines = [
         f"| method | {score.replace('_', ' ')} | % of full's gain | held-out loss | numbers that learn | file, bytes | seconds a step | peak GiB "
-        "| seconds in all | good for |",
+        "| seconds in all | good for, by the literature |",
         "|---" * 10 + "|",
     ]
     part, start = shares(found, score), start_of(found, score)
@@ -260,18 +270,19 @@ def below_goal(found: Found, score: str) -> str:
     return f"Below {GOAL:.0%} of full fine-tuning's gain: {', '.join(below)}."
 
 
-def report(found: dict[str, Found], steps: int | None) -> str:
-    """README.md of the comparison."""
+def report(found: dict[str, Found], steps: int | None, failed: Sequence[str] = ()) -> str:
+    """README.md of the comparison. `failed`: the runs that ended otherwise than well."""
     parts = [
         "# Parameter-efficient methods side by side",
-        "Mean over the seeds, and from where to where. Each method has the same base, rows, steps and seeds, and otherwise its "
+        *([f"**Not in it, for they failed: {', '.join(failed)}.**"] if failed else []),
+        "Mean over the seeds, and from where to where, on the builtin sets' test rows, on which nothing was chosen. Each method has the same base, rows, steps and seeds, and otherwise its "
         "own recipe's laptop config: its learning rate and sizes are those that the recipe was settled with, on LLaMA, and its "
         "optimizer, which is Muon for LLaMA's full fine-tuning and AdamW for all others. On BERT full fine-tuning and BitFit have "
         "rates of their own. How LLaMA's rows are laid out is part of a recipe too: prefixes stand before padded rows, prompts in "
         "longer packed ones, with about as many conversations a step. A row's length decides which long conversations are left "
         "out, so held-out losses may differ a little in what they are taken over; the questions that are checked are the same.",
         "Peak memory is that of the whole process, Python and the libraries included; a file is what a task adds to the base: "
-        "the adapter, or for full fine-tuning the model. A run that was interrupted tells the seconds of its last part. The last column is what is known of a method in general, not a result "
+        "the adapter, or for full fine-tuning the model. The last column is what the literature says of a method, not a result "
         "of this run. adapter_fusion, madx and multi_adapter put adapters of several tasks or languages together, another question.",
     ]
     for base, rows in found.items():
@@ -384,7 +395,7 @@ def draw_costs(axes: Any, found: Found) -> None:
     panels[0].invert_yaxis()
 
 
-def write(root: Path, seeds: int, steps: int | None) -> dict[str, Found]:
+def write(root: Path, seeds: int, steps: int | None, failed: Sequence[str] = ()) -> dict[str, Found]:
     """README.md, comparison.json and the pictures, of what is finished; gives that."""
     found, run = finished(root, seeds, steps), RunFolder(root, recipe="peft_comparison")
     for base, rows in found.items():
@@ -399,15 +410,8 @@ def write(root: Path, seeds: int, steps: int | None) -> dict[str, Found]:
         for base, rows in found.items()
     }  # fmt: skip
     write_atomically(root / "comparison.json", json.dumps(figures, indent=2) + "\n")
-    write_atomically(root / "README.md", report(found, steps))
+    write_atomically(root / "README.md", report(found, steps, failed))
     return found
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def main(argv: list[str]) -> int:
@@ -423,22 +427,25 @@ def main(argv: list[str]) -> int:
     try:
         check_words("--methods", asked.methods or [], there())
         bases = list(BASES) if asked.base == "both" else [asked.base]
+        chosen = [
+            (base, m) for base, m in product(bases, METHODS) if m in there(base) and m in (asked.methods or METHODS)
+        ]
+        refuse_planned([step for base, method in chosen for step in plan(base, method, 1, asked.steps)], extra)
         for base in bases:  # now, not inside of the first run, whose time and memory are measured
             ensure_made(BASES[base].arguments["model.name"], RunFolder(asked.root, recipe="peft_comparison"))
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
-    for base, method in product(bases, METHODS):
-        if method in there(base) and method in (asked.methods or METHODS):
-            steps = plan(base, method, asked.seeds, asked.steps)
-            for step in steps:
-                run_step(step, asked.root, extra, apart=True)
-            write(asked.root, asked.seeds, asked.steps)
-    found = write(asked.root, asked.seeds, asked.steps)
+    failed: list[str] = []
+    for base, method in chosen:
+        for step in plan(base, method, asked.seeds, asked.steps):
+            if code := run_step(step, asked.root, extra, apart=True):
+                failed.append(f"{step.recipe}/{step.name} (exit code {code})")
+        found = write(asked.root, asked.seeds, asked.steps, failed)
     for base, rows in found.items():
         print(f"\n{BASES[base].title}\n{table(rows, BASES[base].score)}\n{below_goal(rows, BASES[base].score)}")
     print(f"\n  {asked.root / 'README.md'}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

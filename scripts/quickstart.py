@@ -29,8 +29,10 @@ environment_defaults()
 from recipes.common.errors import UserError  # noqa: E402
 from recipes.common.models import MADE_WITH  # noqa: E402
 from recipes.common.recipe import run_recipe  # noqa: E402
-from recipes.common.run_folder import write_atomically  # noqa: E402
+from recipes.common.run_folder import digest, write_atomically  # noqa: E402
 from recipes.common.training import duration  # noqa: E402
+
+ASKED = "asked.json"  # in a stage's run, once it is finished: what made it
 
 
 @dataclass
@@ -92,9 +94,29 @@ def run_stage(stage: Stage, root: Path, extra: list[str]) -> None:
         word for key, made_by in stage.takes.items() for word in (f"--{key}", str(folder_of(root, made_by) / "model"))
     ]
     argv = ["--run.root", str(root), *stage.arguments, *takes, *resume, *extra]
+    asked = asked_of(stage, root, extra)
     code = run_recipe(module.main, module.Config, argv)
     if code != 0:
         sys.exit(code)
+    write_atomically(folder / ASKED, json.dumps(asked) + "\n")
+
+
+def asked_of(stage: Stage, root: Path, extra: list[str]) -> list[str]:
+    """What makes a stage's run: its arguments, and what is in the models that it takes."""
+    return [*stage.arguments, *extra, *(digest(folder_of(root, made_by) / "model") for made_by in stage.takes.values())]
+
+
+def check_kept(stage: Stage, root: Path, extra: list[str]) -> str:
+    """How a finished stage's run came here. Raises UserError where this chain would make another."""
+    folder = folder_of(root, stage.recipe)
+    if not (folder / ASKED).exists():
+        return f"made by `make {stage.recipe}`, as {folder / 'config.yaml'} has it: kept"
+    if json.loads((folder / ASKED).read_text()) != asked_of(stage, root, extra):
+        raise UserError(
+            f"{folder} was made with other arguments, or of other models than those that are there now: make all of it again "
+            "(`make quickstart ARGS=--fresh`), or give another --root"
+        )
+    return "done before, kept"
 
 
 def figures(root: Path) -> dict[str, dict[str, Any]]:
@@ -198,18 +220,29 @@ def main(argv: list[str]) -> int:
         for stage in STAGES:
             if (folder_of(root, stage.recipe) / "config.yaml").exists():
                 shutil.rmtree(folder_of(root, stage.recipe))
-    started, planned = time.perf_counter(), 0.0  # minutes of the stages that were run
+    started = time.perf_counter()
+    taken, planned = (
+        0.0,
+        0.0,
+    )  # minutes of the stages that were run from their beginning: an interrupted one's are a part
     for number, stage in enumerate(STAGES, 1):
         so_far = time.perf_counter() - started
-        pace = so_far / 60 / planned if planned else 1.0  # of this machine
+        pace = taken / planned if planned else 1.0  # of this machine
         left = pace * sum(s.minutes for s in STAGES[number - 1 :])
         head = f"[{number}/{len(STAGES)}] {stage.title}"
         if (folder_of(root, stage.recipe) / "metrics.json").exists():
-            print(f"\n{head}: done before, kept", flush=True)
+            try:
+                print(f"\n{head}: {check_kept(stage, root, extra)}", flush=True)
+            except UserError as error:
+                print(f"error: {error.problems[0]}", file=sys.stderr)
+                return 2
             continue
         print(f"\n{head} · {duration(so_far)} so far · about {left:.0f} min left\n", flush=True)
+        afresh = not (folder_of(root, stage.recipe) / "config.yaml").exists()
         run_stage(stage, root, extra)
-        planned += stage.minutes
+        if afresh:
+            taken += (time.perf_counter() - started - so_far) / 60
+            planned += stage.minutes
     measured = figures(root)
     try:
         summary = summarise(measured)

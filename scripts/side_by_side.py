@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import json
@@ -23,7 +24,7 @@ environment_defaults()
 
 from recipes.common.errors import UserError  # noqa: E402
 from recipes.common.recipe import run_recipe  # noqa: E402
-from recipes.common.run_folder import write_atomically  # noqa: E402
+from recipes.common.run_folder import digest, write_atomically  # noqa: E402
 
 
 @dataclass
@@ -50,32 +51,44 @@ class Step:
         return json.loads(file.read_text()) if file.exists() else None
 
 
-def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = False) -> None:
-    """Run one recipe unless it is finished. Exits with the recipe's code if it is not 0.
+def refuse_planned(steps: Sequence[Step], extra: Sequence[str]) -> None:
+    """Raise UserError for arguments for every recipe that some run of the plan has one of its own of."""
+    planned = {word for step in steps for word in step.arguments if word.startswith("--")}
+    if clash := sorted({word.split("=")[0] for word in extra} & planned):
+        raise UserError(f"{', '.join(clash)}: the comparison says it itself, a value for each run: leave it out")
+
+
+def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = False) -> int:
+    """Run one recipe unless it is finished; gives its exit code. An interruption (130) ends the comparison.
 
     `apart`: in a process of its own, for runs whose memory is compared, since a process's peak is that of all it did.
-    Exits with 2 where what is finished was asked for otherwise: it is not what is to be compared.
+    Exits with 2 where what is finished was asked for otherwise, or of other models: it is not what is to be compared.
     """
-    asked, kept = [*step.arguments, *extra], step.folder(root) / "asked.json"
+    models = [word for word in step.arguments if (Path(word) / "config.json").exists()]
+    asked, kept = [*step.arguments, *extra, *(digest(Path(name)) for name in models)], step.folder(root) / "asked.json"
     if step.figures(root) is not None:
         before = json.loads(kept.read_text()) if kept.exists() else asked  # not there: it was stopped just before
         if before != asked:
             print(
-                f"error: {step.folder(root)} is finished, and was asked for otherwise: `{' '.join(before)}`, not "
-                f"`{' '.join(asked)}`: give another --root, or delete it",
+                f"error: {step.folder(root)} is finished, and was asked for otherwise, or of another model: `{' '.join(before)}`, "
+                f"not `{' '.join(asked)}`: give another --root, or delete it",
                 file=sys.stderr,
             )
             sys.exit(2)
-        return
+        return 0
     argv = step.command(root, extra)
     if apart:
         code = _in_a_process(step, argv)
     else:
         module = importlib.import_module(f"recipes.{step.chapter}.{step.recipe}")
         code = run_recipe(module.main, module.Config, argv)
-    if code:
+    if code == 130:
         sys.exit(code)
-    write_atomically(kept, json.dumps(asked) + "\n")
+    if code:
+        print(f"{step.method}: {step.folder(root)} ended with exit code {code}: left out", file=sys.stderr)
+    else:
+        write_atomically(kept, json.dumps(asked) + "\n")
+    return code
 
 
 def _in_a_process(step: Step, argv: Sequence[str]) -> int:
@@ -90,6 +103,13 @@ def _in_a_process(step: Step, argv: Sequence[str]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 128 - code if code < 0 else code  # -9: killed by signal 9, which a shell calls 137
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def mean(values: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ shift 4
 
 hosts=()
 slots=""
-while read -r host count; do
+while read -r host count || [[ -n $host ]]; do # a last line without its end too
     [[ -n $host && $host != \#* ]] || continue
     [[ $count =~ ^slots=([1-9][0-9]*)$ ]] || fail "$hostfile: \`$host $count\` is not \`name slots=N\`"
     [[ -z $slots || $slots == "${BASH_REMATCH[1]}" ]] || fail "$hostfile: all machines need the same number of slots"

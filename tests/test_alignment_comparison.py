@@ -56,12 +56,73 @@ def test_what_is_finished_is_not_run_again_and_what_was_interrupted_goes_on(tmp_
     assert set(sys.modules) == before, "the finished run was started again"
 
 
-def test_a_recipe_s_exit_code_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_fails_gives_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     step = comparison.Step("dpo", "alignment", "dpo", "seed0", ("--model.nam", "x"))
-    with pytest.raises(SystemExit) as ended:
-        comparison.run_step(step, tmp_path, [])
-    assert ended.value.code == 2
-    assert "model.name" in capfd.readouterr().err
+    assert comparison.run_step(step, tmp_path, []) == 2
+    told = capfd.readouterr().err
+    assert "model.name" in told and "ended with exit code 2: left out" in told
+
+
+def test_one_that_fails_is_left_out_and_one_that_others_stand_on_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, ran = {"dpo": 1}, []
+
+    def run(step: Any, root: Path, extra: list[str]) -> int:
+        ran.append(step.recipe)
+        return codes.get(step.recipe, 0)
+
+    monkeypatch.setattr(comparison, "run_step", run)
+    monkeypatch.setattr(comparison, "score_all", lambda *_: SCORES)
+    monkeypatch.setattr(comparison, "draw", lambda *_: None)
+    line = ["--root", str(tmp_path), "--seeds", "1"]
+    assert comparison.main(line) == 1
+    assert ran == ["full", "reward_model", "dpo", "ppo", "grpo", "ppo"]
+    assert "Not in it, for they failed: dpo/seed0 (exit code 1)." in (tmp_path / "README.md").read_text()
+    ran.clear()
+    codes["reward_model"] = 2
+    assert comparison.main(line) == 2 and ran == ["full", "reward_model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--training.max_steps", "24"], "--training.max_steps: the comparison says it itself"),
+        (["--training.seed=3"], "--training.seed: the comparison says it itself"),
+        (["--model", "nowhere"], "--model: nowhere holds no config.json"),
+        (["--questions", "2000"], "--questions: 2000 is more than 1000"),
+    ],
+)
+def test_bad_words_end_with_2_before_anything_runs(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert comparison.main([*words, "--root", str(tmp_path / "runs")]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_scores_are_those_of_the_models_that_are_there(tmp_path: Path) -> None:
+    bench = comparison.Bench.__new__(comparison.Bench)
+    policy, sft, judge = (tmp_path / name for name in ("policy", "sft", "judge"))
+    bench.root, bench.rows, bench.of = tmp_path, [{}] * 3, (sft, judge)
+    for folder in (policy, sft, judge):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"one")
+    assert bench.kept("ppo-seed0", policy, lambda: {"reward": 1}) == {"reward": 1}
+    assert bench.kept("ppo-seed0", policy, lambda: {"reward": 2}) == {"reward": 1}
+    for i, folder in enumerate((policy, judge), 3):
+        (folder / "model.safetensors").write_bytes(b"another")
+        assert bench.kept("ppo-seed0", policy, lambda i=i: {"reward": i}) == {"reward": i}
+
+
+def test_the_answers_that_each_method_samples_are_counted(tmp_path: Path) -> None:
+    laptop = ROOT / "configs" / "alignment"
+    counts = {}
+    for recipe in ("dpo", "ppo", "grpo"):
+        step = comparison.Step(recipe, "alignment", recipe, "seed0")
+        step.folder(tmp_path).mkdir(parents=True)
+        (step.folder(tmp_path) / "config.yaml").write_text((laptop / recipe / "cpu.yaml").read_text())
+        counts[recipe] = comparison.answers_learned_from(step, tmp_path)
+    assert counts == {"dpo": 4000 * 8, "ppo": 100 * 512, "grpo": 50 * 256}
 
 
 SCORES: dict[str, list[dict[str, Any]]] = {
@@ -103,9 +164,15 @@ def test_pictures_and_report(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         lines = [{"step": i, "kl": 0.1 * i, "reward": i / 10, "true_score": 0.5} for i in range(1, 21)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "metrics.json").write_text("{}")
     assert len(comparison.trajectory(steps[0].folder(tmp_path))["kl"]) == 4
     comparison.draw(tmp_path, steps, SCORES)
-    told = comparison.report(SCORES, Path("sft"), 1000)
+    free = steps[-1].folder(tmp_path)
+    told = comparison.report(SCORES, Path("sft"), 1000, free=free)
+    assert "it was not over-optimised in these steps" in told
+    lines = [{"step": i, "kl": 0.1 * i, "reward": i / 10, "true_score": 0.5 - 0.01 * i} for i in range(1, 21)]
+    (free / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "from 0.470 to 0.470 at best and 0.320 in the end: over-optimised." in comparison.over_optimised(free)
     for name in ("frontier", "reward_frontier", "over_optimisation"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 5000
         assert f"plots/{name}.png" in told

@@ -131,10 +131,38 @@ def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(
     assert "`--code 0`, not `--model.name another --code 0`" in capsys.readouterr().err
 
 
-def test_a_recipe_s_exit_code_ends_the_comparison(fake: side_by_side.Step, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as ended:
-        side_by_side.run_step(fake, tmp_path, ["--code", "2"], apart=True)
-    assert ended.value.code == 2
+def test_a_recipe_that_fails_gives_its_exit_code(
+    fake: side_by_side.Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert side_by_side.run_step(fake, tmp_path, ["--code", "2"], apart=True) == 2
+    assert "ended with exit code 2: left out" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_another_model_is_not_taken_for_this_one(
+    fake: side_by_side.Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"one")
+    fake.arguments = ("--model.name", str(base))
+    side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    (fake.folder(tmp_path) / "metrics.json").write_text("{}")
+    assert side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True) == 0
+    (base / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(SystemExit):
+        side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    assert "or of another model" in capsys.readouterr().err
+
+
+def test_a_method_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(tmp_path, "bert", "full", 1)
+    monkeypatch.setattr(comparison, "ensure_made", lambda *_: None)
+    monkeypatch.setattr(comparison, "run_step", lambda step, *_, **__: 1 if step.method == "lora" else 0)
+    words = "--base bert --seeds 1 --methods full lora --root"
+    assert comparison.main([*words.split(), str(tmp_path)]) == 1
+    assert "Not in it, for they failed: lora/bert-seed0 (exit code 1)." in (tmp_path / "README.md").read_text()
+    assert comparison.main([*words.split(), str(tmp_path), "--training.seed", "3"]) == 2
 
 
 def test_a_stopped_comparison_lets_the_recipe_write_its_checkpoint(fake: side_by_side.Step, tmp_path: Path) -> None:
@@ -270,7 +298,8 @@ def test_two_methods_side_by_side(
         "data.name": peft_checks.labelled_rows(tmp_path / "rows.jsonl"),
         "training.bf16": "false",
     }
-    base = dataclasses.replace(comparison.BASES["bert"], steps=20, arguments=comparison.BASES["bert"].arguments | small)
+    told = comparison.BASES["bert"].arguments | small | {"data.validation_split": "null"}  # a file has one split
+    base = dataclasses.replace(comparison.BASES["bert"], steps=20, arguments=told)
     monkeypatch.setitem(comparison.BASES, "bert", base)
     fast = {"full.optimizer": "adamw", "training.learning_rate": 1e-2}
     monkeypatch.setitem(comparison.METHODS, "full", dataclasses.replace(comparison.METHODS["full"], bert=fast))

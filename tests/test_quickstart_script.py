@@ -128,6 +128,28 @@ def test_what_is_finished_is_kept_and_what_was_interrupted_goes_on(chain: Any) -
     assert chain() == (0, [])
 
 
+def test_what_other_arguments_or_other_models_made_is_not_kept(
+    chain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain()
+    assert chain("--run.threads", "1") == (2, [])
+    assert "tokenizer/default was made with other arguments" in capsys.readouterr().err
+    root = tmp_path / "elsewhere"
+    weights = next((root / "llama" / "default" / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # as if llama had been made again
+    assert chain() == (2, [])
+    assert "full/default was made with other arguments, or of other models" in capsys.readouterr().err
+
+
+def test_a_stage_that_was_run_by_itself_is_kept_and_told_of(
+    chain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain()
+    (tmp_path / "elsewhere" / "tokenizer" / "default" / "asked.json").unlink()
+    assert chain() == (0, [])
+    assert "made by `make tokenizer`, as " in capsys.readouterr().out
+
+
 def test_fresh_starts_again(chain: Any) -> None:
     chain()
     code, called = chain("--fresh")

@@ -11,6 +11,7 @@ runs/<recipe>/<name>/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -290,6 +291,14 @@ def draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], label:
     (faint,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3, **style)
     mean = np.convolve(values, np.full(window, 1 / window), "valid")
     axes.plot(steps[window - 1 :], mean, color=faint.get_color(), label=f"{label}, mean of {window}")
+
+
+def digest(folder: Path) -> str:
+    """A name for what a saved model's folder holds, its weights and its tokenizer: the same name, the same model."""
+    told = hashlib.blake2b(digest_size=8)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
+        told.update(file.name.encode() + file.read_bytes())
+    return told.hexdigest()
 
 
 def wait_for_everyone() -> None:

@@ -62,6 +62,8 @@ def learn_to_answer(folder: Path) -> None:
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     if code := run_recipe(full.main, full.Config, ["--config", str(ROOT / "configs/finetuning/full/cpu.yaml"), *words]):
+        if code == 130:
+            raise KeyboardInterrupt
         raise Failed(f"`full`, which makes the policy, ended with exit code {code}")
     (folder / "runs" / "full" / "default" / "model").rename(folder / "policy")
 

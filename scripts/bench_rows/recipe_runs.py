@@ -88,6 +88,8 @@ def run_to_training(recipe: str, then: Callable[[Any, Callable[[], None]], Any],
             return end.found
         finally:
             training.fit = fit
+    if code == 130:
+        raise KeyboardInterrupt
     raise Failed(f"{recipe} ended with {code} before it trained:\n" + "\n".join(said.getvalue().splitlines()[-15:]))
 
 
