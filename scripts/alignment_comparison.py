@@ -260,14 +260,14 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
 
 
 def over_optimised(folder: Path) -> str:
-    """What the run with its KL left free shows, said from its curve: by its best and its last tenth."""
-    path = trajectory(folder)
+    """What the run with its KL left free shows, said from its curve, by the means over its tenths: one step's is noise."""
+    path = trajectory(folder, max(1, len(trajectory(folder, 1)["kl"]) // 10))
     true, reward = path["true_score"], path["reward"]
-    last = max(1, len(true) // 10)
-    best, end = max(true), sum(true[-last:]) / last
+    best, end = max(true), true[-1]
     text = (
-        f"With its KL left free PPO went to {path['kl'][-1]:.1f} nats an answer: the learned reward from {reward[0]:.2f} to "
-        f"{reward[-1]:.2f}, the true score on the prompts that it learns from from {true[0]:.3f} to {best:.3f} at best and {end:.3f} in the end"
+        f"With its KL left free PPO went to {path['kl'][-1]:.1f} nats an answer: the learned reward rose from {reward[0]:.2f} to "
+        f"{reward[-1]:.2f}; the true score, on the prompts that it learns from, was {true[0]:.3f} at first, {best:.3f} at best and "
+        f"{end:.3f} in the end (means over tenths of the run)"
     )
     fell = end < best - 0.03
     return text + (

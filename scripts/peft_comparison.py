@@ -439,7 +439,7 @@ def main(argv: list[str]) -> int:
     failed: list[str] = []
     for base, method in chosen:
         for step in plan(base, method, asked.seeds, asked.steps):
-            if code := run_step(step, asked.root, extra, apart=True):
+            if code := run_step(step, asked.root, extra):
                 failed.append(f"{step.recipe}/{step.name} (exit code {code})")
         found = write(asked.root, asked.seeds, asked.steps, failed)
     for base, rows in found.items():

@@ -221,10 +221,7 @@ def main(argv: list[str]) -> int:
             if (folder_of(root, stage.recipe) / "config.yaml").exists():
                 shutil.rmtree(folder_of(root, stage.recipe))
     started = time.perf_counter()
-    taken, planned = (
-        0.0,
-        0.0,
-    )  # minutes of the stages that were run from their beginning: an interrupted one's are a part
+    taken = planned = 0.0  # minutes of the stages that were run from their beginning
     for number, stage in enumerate(STAGES, 1):
         so_far = time.perf_counter() - started
         pace = taken / planned if planned else 1.0  # of this machine

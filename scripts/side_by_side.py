@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import json
 import os
 import signal
@@ -23,7 +22,6 @@ from recipes.common.launch import environment_defaults  # noqa: E402
 environment_defaults()
 
 from recipes.common.errors import UserError  # noqa: E402
-from recipes.common.recipe import run_recipe  # noqa: E402
 from recipes.common.run_folder import digest, write_atomically  # noqa: E402
 
 
@@ -58,10 +56,10 @@ def refuse_planned(steps: Sequence[Step], extra: Sequence[str]) -> None:
         raise UserError(f"{', '.join(clash)}: the comparison says it itself, a value for each run: leave it out")
 
 
-def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = False) -> int:
+def run_step(step: Step, root: Path, extra: Sequence[str]) -> int:
     """Run one recipe unless it is finished; gives its exit code. An interruption (130) ends the comparison.
 
-    `apart`: in a process of its own, for runs whose memory is compared, since a process's peak is that of all it did.
+    It has a process of its own: a process's peak memory is that of all it did, and what ends one recipe ends no other.
     Exits with 2 where what is finished was asked for otherwise, or of other models: it is not what is to be compared.
     """
     models = [word for word in step.arguments if (Path(word) / "config.json").exists()]
@@ -76,12 +74,7 @@ def run_step(step: Step, root: Path, extra: Sequence[str], *, apart: bool = Fals
             )
             sys.exit(2)
         return 0
-    argv = step.command(root, extra)
-    if apart:
-        code = _in_a_process(step, argv)
-    else:
-        module = importlib.import_module(f"recipes.{step.chapter}.{step.recipe}")
-        code = run_recipe(module.main, module.Config, argv)
+    code = _in_a_process(step, step.command(root, extra))
     if code == 130:
         sys.exit(code)
     if code:

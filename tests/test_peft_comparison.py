@@ -111,22 +111,22 @@ def test_what_is_finished_is_kept_and_what_was_interrupted_goes_on(fake: side_by
     folder = fake.folder(tmp_path)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("")
-    side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    side_by_side.run_step(fake, tmp_path, ["--code", "0"])
     assert (tmp_path / "started").read_text().endswith("--run.name seed0 --code 0 --run.resume true")
     (tmp_path / "started").unlink()
     (folder / "metrics.json").write_text("{}")
-    side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    side_by_side.run_step(fake, tmp_path, ["--code", "0"])
     assert not (tmp_path / "started").exists(), "the finished run was started again"
 
 
 def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(
     fake: side_by_side.Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    side_by_side.run_step(fake, tmp_path, ["--code", "0"])
     (fake.folder(tmp_path) / "metrics.json").write_text("{}")
     fake.arguments = ("--model.name", "another")
     with pytest.raises(SystemExit) as ended:
-        side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+        side_by_side.run_step(fake, tmp_path, ["--code", "0"])
     assert ended.value.code == 2
     assert "`--code 0`, not `--model.name another --code 0`" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(
 def test_a_recipe_that_fails_gives_its_exit_code(
     fake: side_by_side.Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert side_by_side.run_step(fake, tmp_path, ["--code", "2"], apart=True) == 2
+    assert side_by_side.run_step(fake, tmp_path, ["--code", "2"]) == 2
     assert "ended with exit code 2: left out" in capsys.readouterr().err
 
 
@@ -146,12 +146,12 @@ def test_a_finished_run_of_another_model_is_not_taken_for_this_one(
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"one")
     fake.arguments = ("--model.name", str(base))
-    side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+    side_by_side.run_step(fake, tmp_path, ["--code", "0"])
     (fake.folder(tmp_path) / "metrics.json").write_text("{}")
-    assert side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True) == 0
+    assert side_by_side.run_step(fake, tmp_path, ["--code", "0"]) == 0
     (base / "model.safetensors").write_bytes(b"another")
     with pytest.raises(SystemExit):
-        side_by_side.run_step(fake, tmp_path, ["--code", "0"], apart=True)
+        side_by_side.run_step(fake, tmp_path, ["--code", "0"])
     assert "or of another model" in capsys.readouterr().err
 
 
@@ -171,7 +171,7 @@ def test_a_stopped_comparison_lets_the_recipe_write_its_checkpoint(fake: side_by
         "import side_by_side; from pathlib import Path\n"
         f"side_by_side.ROOT = Path({str(tmp_path)!r})\n"
         "step = side_by_side.Step('fake', 'finetuning', 'fake', 'seed0')\n"
-        "side_by_side.run_step(step, side_by_side.ROOT, ['--code', '130'], apart=True)\n"
+        "side_by_side.run_step(step, side_by_side.ROOT, ['--code', '130'])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", driver])
     deadline = time.monotonic() + 60

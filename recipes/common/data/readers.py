@@ -32,6 +32,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how its files begin
 BLANK = re.compile(r"[ \t\r\n]*")
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[int, Row | BadRow]]  # (number in the source from 1, the raw row or why there is none)
@@ -74,7 +75,7 @@ def _bad_gzip(error: Exception) -> str:
 
 def _not_utf8(content: bytes, at: int, offset: int) -> str:
     hint = ""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if content[:2] in UTF_16:
         hint = "; it looks like UTF-16"
     elif content[:2] == b"\x1f\x8b":
         hint = "; it looks like gzip: end its name with .gz"
@@ -91,6 +92,8 @@ def _read_jsonl(shown: str, path: Path) -> Rows:
         try:
             row = loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
+            if line[:2] in UTF_16 and number == 1:  # no line of it can be read
+                raise UserError(f"{shown}: {_not_utf8(line, error.start, offset + error.start)}") from None
             yield number, BadRow(_not_utf8(line, error.start, offset + error.start))
             continue
         except json.JSONDecodeError as error:
