@@ -55,6 +55,12 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the tests of a module share."""
+    return tmp_path_factory.mktemp("module")
+
+
 @dataclass
 class Finished:
     """How a run ended: exit code, run folder, final figures (empty unless it finished), what it printed."""

@@ -112,9 +112,16 @@ def configs_of(chapter: str) -> list[Path]:
     return sorted(found, key=lambda config: (config.parent.name == "ppo", config))
 
 
-def named(config: Path) -> str:
-    """`lora-gpu`, for the name of a test."""
-    return f"{config.parent.name}-{config.stem}"
+def first_steps_of(chapter: str) -> Callable[..., None]:
+    """A test for each of a chapter's configs; its stand-ins and its runs are the module's."""
+    import pytest
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("config", configs_of(chapter), ids=lambda config: f"{config.parent.name}-{config.stem}")
+    def test_it_takes_its_first_steps(run_in_process: Callable[..., Any], module_folder: Path, config: Path) -> None:
+        takes_its_first_steps(run_in_process, module_folder, config)
+
+    return test_it_takes_its_first_steps
 
 
 def takes_its_first_steps(run_in_process: Callable[..., Any], hub: Path, config: Path) -> None:

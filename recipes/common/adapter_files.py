@@ -98,9 +98,8 @@ def save_adapter(
         with folder_written_atomically(path) as folder:
             if peft:
                 model.save_pretrained(folder)
-                (folder / "README.md").unlink(
-                    missing_ok=True
-                )  # a form that nobody has filled in; the run's says it all
+                # a form that nobody has filled in; the run's says it all
+                (folder / "README.md").unlink(missing_ok=True)
             else:
                 kept = {n for n, p in model.named_parameters() if p.requires_grad} if names is None else names
                 numbers = {name: whole[name].detach().contiguous().cpu() for name in sorted(kept)}

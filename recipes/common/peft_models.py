@@ -151,10 +151,8 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
         raise UserError(f"{section}.megatron_config: Megatron's layers are in none of these models: leave it out")
     if heads := {name.partition(".")[0] for name in head_names(base)}:
         settings.modules_to_save = sorted({*(settings.modules_to_save or ()), *heads})  # type: ignore[attr-defined]
-    named = getattr(settings, "target_modules", None) not in (
-        None,
-        "all-linear",
-    )  # peft puts what it finds in their place
+    # asked before: peft puts the layers that it finds in their place
+    named = getattr(settings, "target_modules", None) not in (None, "all-linear")
     try:
         adapted = get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...
