@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from side_by_side import Step, positive, refuse_planned, run_step, told  # first: it makes `recipes` importable
+from side_by_side import Step, mean, positive, refuse_planned, run_step, told  # first: it makes `recipes` importable
 
 from recipes.common.best_of_n import kl_bound, value_of_best
 from recipes.common.errors import UserError
@@ -196,16 +196,15 @@ def table(scores: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def trajectory(folder: Path, smooth: int = 5) -> dict[str, list[float]]:
-    """KL an answer, reward and true score along a run, means over `smooth` logged steps."""
+def trajectory(folder: Path, parts: int | None = None) -> dict[str, list[float]]:
+    """KL an answer, reward and true score along a run: means over as many `parts` of it, or over five logged steps each."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("kl") is not None and row.get("true_score") is not None]
     for row in rows:  # trl's KL is that of a token
         row["kl"] *= row.get("completions/mean_length", 1.0)
-    parts = [rows[i : i + smooth] for i in range(0, len(rows), smooth)]
-    return {
-        key: [sum(row[key] for row in part) / len(part) for part in parts] for key in ("kl", "reward", "true_score")
-    }
+    size = max(1, len(rows) // parts) if parts else 5
+    cut = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return {key: [mean([row[key] for row in part]) for part in cut] for key in ("kl", "reward", "true_score")}
 
 
 def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any]]]) -> None:
@@ -215,9 +214,12 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
     first = {step.method: step.folder(root) for step in reversed(steps) if step.figures(root) is not None}
 
     def frontier(axes: Any, along: str, figure: str) -> None:
-        curve = scores["best_of_n"][0]["curve"]
+        curves = [row["curve"] for row in scores["best_of_n"]]  # of each seed, at the same numbers of draws
+        kl, reached = (
+            [mean([p[key] for p in points]) for points in zip(*curves, strict=True)] for key in ("kl", figure)
+        )
         axes.plot(
-            [p["kl"] for p in curve], [p[figure] for p in curve], "s--", color=colours["best_of_n"], markersize=4,
+            kl, reached, "s--", color=colours["best_of_n"], markersize=4,
             label=f"best of 1 to {DRAWS} (KL: the bound)",
         )  # fmt: skip
         for method in ("ppo", "grpo", "ppo_free"):
@@ -261,7 +263,7 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
 
 def over_optimised(folder: Path) -> str:
     """What the run with its KL left free shows, said from its curve, by the means over its tenths: one step's is noise."""
-    path = trajectory(folder, max(1, len(trajectory(folder, 1)["kl"]) // 10))
+    path = trajectory(folder, parts=10)
     true, reward = path["true_score"], path["reward"]
     best, end = max(true), true[-1]
     text = (

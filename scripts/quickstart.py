@@ -19,20 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from side_by_side import ASKED, asked_for  # first: it makes `recipes` importable
 
-from recipes.common.launch import environment_defaults  # noqa: E402
-
-environment_defaults()
-
-from recipes.common.errors import UserError  # noqa: E402
-from recipes.common.models import MADE_WITH  # noqa: E402
-from recipes.common.recipe import run_recipe  # noqa: E402
-from recipes.common.run_folder import digest, write_atomically  # noqa: E402
-from recipes.common.training import duration  # noqa: E402
-
-ASKED = "asked.json"  # in a stage's run, once it is finished: what made it
+from recipes.common.errors import UserError
+from recipes.common.models import MADE_WITH
+from recipes.common.recipe import run_recipe
+from recipes.common.run_folder import write_atomically
+from recipes.common.training import duration
 
 
 @dataclass
@@ -103,7 +96,9 @@ def run_stage(stage: Stage, root: Path, extra: list[str]) -> None:
 
 def asked_of(stage: Stage, root: Path, extra: list[str]) -> list[str]:
     """What makes a stage's run: its arguments, and what is in the models that it takes."""
-    return [*stage.arguments, *extra, *(digest(folder_of(root, made_by) / "model") for made_by in stage.takes.values())]
+    return asked_for(
+        [*stage.arguments, *extra], [folder_of(root, made_by) / "model" for made_by in stage.takes.values()]
+    )
 
 
 def check_kept(stage: Stage, root: Path, extra: list[str]) -> str:

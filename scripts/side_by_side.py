@@ -24,6 +24,8 @@ environment_defaults()
 from recipes.common.errors import UserError  # noqa: E402
 from recipes.common.run_folder import digest, write_atomically  # noqa: E402
 
+ASKED = "asked.json"  # in a run's folder, once it is finished: what it was asked for
+
 
 @dataclass
 class Step:
@@ -56,14 +58,19 @@ def refuse_planned(steps: Sequence[Step], extra: Sequence[str]) -> None:
         raise UserError(f"{', '.join(clash)}: the comparison says it itself, a value for each run: leave it out")
 
 
+def asked_for(words: Sequence[str], models: Sequence[Path]) -> list[str]:
+    """What ASKED keeps of a run: its arguments, and what is in the models that it takes."""
+    return [*words, *map(digest, models)]
+
+
 def run_step(step: Step, root: Path, extra: Sequence[str]) -> int:
     """Run one recipe unless it is finished; gives its exit code. An interruption (130) ends the comparison.
 
     It has a process of its own: a process's peak memory is that of all it did, and what ends one recipe ends no other.
     Exits with 2 where what is finished was asked for otherwise, or of other models: it is not what is to be compared.
     """
-    models = [word for word in step.arguments if (Path(word) / "config.json").exists()]
-    asked, kept = [*step.arguments, *extra, *(digest(Path(name)) for name in models)], step.folder(root) / "asked.json"
+    models = [Path(word) for word in step.arguments if (Path(word) / "config.json").exists()]
+    asked, kept = asked_for([*step.arguments, *extra], models), step.folder(root) / ASKED
     if step.figures(root) is not None:
         before = json.loads(kept.read_text()) if kept.exists() else asked  # not there: it was stopped just before
         if before != asked:

@@ -64,23 +64,28 @@ TINY_OF_THEIR_OWN: dict[str, dict[str, Any]] = {
 
 
 def shortened(values: Any, few: dict[str, Any]) -> Any:
-    """The values with what `few` names in place of theirs, wherever it is."""
+    """The values with what `few` names in place of theirs, wherever it is; a number only gets smaller."""
     if isinstance(values, list):
         return [shortened(value, few) for value in values]
     if not isinstance(values, dict):
         return values
-    return {key: few[key] if key in few else shortened(value, few) for key, value in values.items()}
+    return {
+        key: min(few[key], value) if key in few and isinstance(value, int) else few.get(key, shortened(value, few))
+        for key, value in values.items()
+    }
 
 
 def few_steps(config: Path, folder: Path, full: bool) -> dict[str, Any]:
     """The config's values for a run of a few steps; the hub's models and data are made below `folder`."""
     recipe, kind = config.parent.name, config.stem
-    values = shortened(localised(yaml.safe_load(config.read_text()), folder, full), FEW if full else {**TINY, **FEW})
+    pretraining = config.parents[1].name == "pretraining"
+    few = FEW if full else TINY | FEW | ({"max_length": 128} if pretraining else {})
+    values = shortened(localised(yaml.safe_load(config.read_text()), folder, full), few)
     if recipe != "tokenizer":
         values["training"] |= (
             {"max_steps": 8, "save_steps": 1000} if full else {"max_steps": FEW["max_steps"], "save_steps": 2}
         )
-    if config.parents[1].name != "pretraining":
+    if not pretraining:
         values["evaluation"] = {"max_samples": 8, "batch_size": 8, "max_new_tokens": 4}
     if recipe == "ppo":
         values["ppo"]["reward_model"] = str(folder / "runs" / "reward_model" / kind / "model")

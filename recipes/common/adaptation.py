@@ -36,6 +36,7 @@ KINDS: dict[str, Literal["conversation", "pair", "classification"]] = {
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+    "TEXT": "AutoModelForCausalLM",  # a language from plain text: MAD-X's language adapters
 }  # fmt: skip
 SHOWN = 40  # answers that are kept in samples/
 
@@ -246,7 +247,7 @@ def about_base(task: Task) -> dict[str, Any]:
     return {
         "name": task.base.config._name_or_path or None,
         "fingerprint": task.fingerprint,
-        "class": AUTO_CLASSES.get(task.type, AUTO_CLASSES["CAUSAL_LM"]),  # MAD-X learns a language from plain text
+        "class": AUTO_CLASSES[task.type],
         "labels": len(task.classes) or None,
     }
 

@@ -47,7 +47,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-AUTO_CLASSES = {  # the end of an architecture's name -> what opens it
+OPENED_WITH = {  # the end of an architecture's name -> the class that opens it
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -70,7 +70,7 @@ def _load_model(folder: Path) -> list[str]:
         alone = ["from transformers import AutoTokenizer", "", tokenizer]
         return alone if (folder / "tokenizer.json").exists() else []
     architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or ["AutoModel"])[0]
-    auto = next((name for end, name in AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+    auto = next((name for end, name in OPENED_WITH.items() if architecture.endswith(end)), "AutoModel")
     ours = "from recipes.common import modeling_blank_infilling  # registers the model's type"
     return [
         f"from transformers import {auto}, AutoTokenizer",

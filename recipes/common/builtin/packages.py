@@ -115,17 +115,31 @@ def functions(package: str) -> Iterator[Described]:
         if len(text) > 400_000:
             continue
         try:
-            nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, Function)]
+            tree = ast.parse(text)
         except SyntaxError:  # a template, not Python
             continue
         of_file = 0
-        for node in nodes:
+        for node in functions_below(tree):
             thing = describe(package, path, node)
             if thing is not None:
                 yield thing
                 of_file += 1
                 if of_file == MOST_OF_A_FILE:
                     break
+
+
+def functions_below(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file in the order of `ast.walk`, which would also look into every expression: no function is in one."""
+    level: list[ast.AST] = [tree]
+    while level:
+        below: list[ast.AST] = []
+        for node in level:
+            if isinstance(node, Function):
+                yield node
+            for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+                inner = getattr(node, field, None)
+                below += inner if isinstance(inner, list) else []
+        level = below
 
 
 def describe(package: str, path: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Described | None:
