@@ -109,6 +109,12 @@ def seed_again() -> None:
 
 
 def _classes(rows: DatasetDict) -> list[str]:
+    paired = [text is not None for split in ("train", "validation") for text in rows[split]["text_pair"]]
+    if any(paired) and not all(paired):
+        raise UserError(
+            f"data: {paired.count(True)} of {len(paired)} rows have a second text (text_pair) and the others have none: give it "
+            "in all of them, or in none"
+        )
     names = sorted(set(rows["train"]["label"]))
     if len(names) < 2:
         raise UserError(f"data: the training rows have one class alone, {names[0]!r}: there is nothing to tell apart")
@@ -152,10 +158,10 @@ def _sides(row: Any) -> list[Any]:
 def _rows(task: Task, split: str, args: SFTConfig) -> Any:
     if task.type in ("SEQ_CLS", "TOKEN_CLS"):
         return task.data[split]
-    from recipes.common.text_to_text import encode_pairs
+    from recipes.common.text_to_text import encode_pairs_as_told
 
     sides = task.data[split]
-    return encode_pairs(task.tokenizer, sides["source"], sides["target"], longest_row(task, args))
+    return encode_pairs_as_told(task.tokenizer, sides["source"], sides["target"], longest_row(task, args))
 
 
 def longest_row(task: Task, args: SFTConfig) -> int:
@@ -248,7 +254,7 @@ def about_base(task: Task) -> dict[str, Any]:
         "name": task.base.config._name_or_path or None,
         "fingerprint": task.fingerprint,
         "class": AUTO_CLASSES[task.type],
-        "labels": len(task.classes) or None,
+        "classes": task.classes or None,
     }
 
 
@@ -366,9 +372,10 @@ def report(task: Task, run: RunFolder, before: Measured, after: Measured) -> dic
 
 
 def head_names(model: PreTrainedModel) -> set[str]:
-    """Parameters outside of the pretrained backbone that a task brings with it: a classifier's head; none for text.
+    """Parameters outside of the pretrained backbone that a task brings with it: a classifier's head, and the pooler that feeds
+    it (BERT's, which a checkpoint saved from masked words lacks); none for text.
 
-    Nobody has trained them, so every method lets them learn.
+    Nobody has trained them for the task, so every method lets them learn.
     """
     from transformers.models.auto import modeling_auto
 
@@ -376,7 +383,7 @@ def head_names(model: PreTrainedModel) -> set[str]:
     if type(model).__name__ not in {*by_text, *modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()}:
         return set()
     backbone = {id(p) for p in model.base_model.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) not in backbone}
+    return {name for name, p in model.named_parameters() if id(p) not in backbone or ".pooler." in name}
 
 
 def freeze(model: Any, learned: set[str]) -> int:

@@ -4,8 +4,8 @@ adapter/
   adapter_model.safetensors   the parameters that learned, by the names that they have in the adapted model
   adapter_config.json         peft's methods: peft's own file, which PeftModel.from_pretrained reads
   adapter.json                the methods that peft lacks: {"method": ..., "settings": {...}}; `load_adapter` reads it
-  base.json                   {"name": ..., "fingerprint": ..., "class": ..., "labels": ...} of the model that it was trained on, the
-                              class of transformers' that opens it, and how many labels its head tells
+  base.json                   {"name": ..., "fingerprint": ..., "class": ..., "classes": ...} of the model that it was trained on, the
+                              class of transformers' that opens it, and what its head's outputs are called, if it has one
 
 An adapter on another base computes nonsense and says nothing: the fingerprint is checked on loading.
 """
@@ -43,7 +43,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A name for the weights of a base: "<embeddings, norms and biases>-<matrices>".
 
     Eight numbers of each, rounded to bf16: the same base gives the same name in any precision, and on any device. Of a base
-    in four or eight bits the first half alone, which quantisation leaves as it is.
+    in four or eight bits the first half alone, which quantisation leaves as it is. A pooler is the head's, and may be new.
     """
     import torch
 
@@ -56,7 +56,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in sorted(backbone.named_parameters()):
         matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves an empty vector here
         told = matrices if matrix and id(parameter) not in tables else rest
-        if parameter.device.type == "meta" or (quantised and told is matrices):
+        if parameter.device.type == "meta" or name.startswith("pooler.") or (quantised and told is matrices):
             continue
         whole = gathered(parameter).detach()
         flat = whole.flatten()
@@ -158,6 +158,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
     if not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{folder} holds no adapter (no adapter_model.safetensors)")
     check_base(model, folder)
+    about = json.loads((folder / "base.json").read_text()) if (folder / "base.json").exists() else {}
+    if classes := about.get("classes"):
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: i for i, name in enumerate(classes)}
     if not (folder / "adapter.json").exists():
         from peft import PeftModel
 

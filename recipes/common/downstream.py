@@ -46,14 +46,17 @@ class Downstream:
 Split = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # the training rows used, and the held-out ones
 
 
-def load_rows(settings: Downstream, kind: Any) -> Split:
-    """The training rows used and the held-out ones, canonical rows of `kind` ("classification" or "pair")."""
+def load_rows(settings: Downstream, kind: Any, section: str) -> Split:
+    """The training rows used and the held-out ones, canonical rows of `kind` ("classification" or "pair").
+
+    section: the config's name of these settings, for errors
+    """
     from recipes.common.data import load_data
     from recipes.common.sections import Data
 
     each = settings.labels_per_class
     if each is not None and kind != "classification":
-        raise UserError(f"downstream.labels_per_class: {each}, but rows of kind {kind!r} have no class: set labels")
+        raise UserError(f"{section}.labels_per_class: {each}, but rows of kind {kind!r} have no class: set labels")
     source = Data(
         name=settings.data, columns=settings.columns, validation_split=settings.validation_split,
         max_samples=settings.labels if each is None else None, max_validation_samples=settings.eval_rows,
@@ -63,15 +66,24 @@ def load_rows(settings: Downstream, kind: Any) -> Split:
     return rows if each is None else first_of_each_class(rows, each), held_out
 
 
+def too_short(sections: dict[str, int]) -> list[str]:
+    """What is wrong with the max_length of these sections: rows of a few tokens hold their marks and hardly any text."""
+    return [
+        f"{name}.max_length: {length} tokens are too short: use 8 at least"
+        for name, length in sections.items()
+        if length < 8
+    ]
+
+
 def name_of(source: str) -> str:
     """What the figures of a task on this data are called: the data's last name, without its ending."""
     return source.rstrip("/").split("/")[-1].split(".")[0]
 
 
-def load_classes(settings: Downstream) -> Split:
+def load_classes(settings: Downstream, section: str) -> Split:
     """`load_rows` of labelled rows. UserError as by `class_names`: before the pretraining, not after it."""
-    rows, held_out = load_rows(settings, "classification")
-    class_names(rows, held_out)
+    rows, held_out = load_rows(settings, "classification", section)
+    class_names(rows, held_out, f"{section}.labels ({settings.data})")
     return rows, held_out
 
 
@@ -86,16 +98,15 @@ def first_of_each_class(rows: list[dict[str, Any]], each: int) -> list[dict[str,
     return chosen
 
 
-def class_names(rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[str]:
-    """The classes of the training rows, sorted. Raises UserError if there is one alone, or the held-out rows have others."""
+def class_names(rows: list[dict[str, Any]], held_out: list[dict[str, Any]], where: str = "labels") -> list[str]:
+    """The classes of the training rows, sorted. Raises UserError, which begins with `where`, if there is one alone, or the
+    held-out rows have others."""
     names = sorted({row["label"] for row in rows})
     if len(names) < 2:
-        raise UserError(
-            f"downstream.labels: the {len(rows)} rows used have one class alone, {names[0]!r}: use more rows"
-        )
+        raise UserError(f"{where}: the {len(rows)} rows used have one class alone, {names[0]!r}: use more rows")
     if unknown := sorted({row["label"] for row in held_out} - set(names)):
         raise UserError(
-            f"downstream.labels: the held-out rows have {unknown[0]!r}, which none of the {len(rows)} training rows "
+            f"{where}: the held-out rows have {unknown[0]!r}, which none of the {len(rows)} training rows "
             "used has: use more rows"
         )
     return names

@@ -382,6 +382,8 @@ def _read_scored(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str,
 
 def _read_mapped(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, dict[str, Any], set[str]]:
     result = {ours: string(row[names[ours]], names[ours]) for ours in ("source", "target")}
+    if not result["target"].strip():
+        raise BadRow(f"empty target: {names['target']} holds no text")
     return "pair", result, {"source", "target"}
 
 

@@ -94,8 +94,8 @@ def in_context_accuracy(
 
 def load_questions(settings: Downstream) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows that examples are drawn from and the held-out questions. Raises UserError for rows that do not fit."""
-    pool, questions = load_rows(settings, "classification")
-    class_names(pool, questions)
+    pool, questions = load_rows(settings, "classification", "downstream")
+    class_names(pool, questions, f"downstream.labels ({settings.data})")
     return pool, questions
 
 

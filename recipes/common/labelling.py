@@ -138,15 +138,17 @@ def collate(task: Task, rows: Sequence[dict[str, Any]], longest: int) -> dict[st
 def encode(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str], tags: Sequence[int], longest: int
 ) -> tuple[list[int], list[int]]:
-    """The ids of a row and its labels, cut at `longest`; [CLS] and [SEP] where the tokenizer has them."""
+    """The ids of a row and its labels, cut at `longest`; with what the tokenizer puts around a text: [CLS] and [SEP], <s>."""
     from recipes.common.chat import encode_plain
 
     ids, labels = [], []
     for pieces, tag in zip(encode_plain(tokenizer, words), tags, strict=True):
         ids += pieces
         labels += [IGNORED] * (len(pieces) - 1) + [tag] if pieces else []
-    first = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
-    last = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+    special = set(tokenizer.all_special_ids)
+    around = tokenizer("a")["input_ids"]
+    here = next(i for i, token in enumerate(around) if token not in special)
+    first, last = around[:here], [token for token in around[here:] if token in special]
     room = longest - len(first) - len(last)
     return (
         [*first, *ids[:room], *last],
@@ -158,7 +160,8 @@ def encode(
 
 
 def measure(task: Task, trainer: Any, evaluation: Evaluation, longest: int) -> Measured:
-    """Held-out loss a word, accuracy over the words, and the mean of the tags' F1."""
+    """Held-out loss a word, accuracy over the words, and the mean of the tags' F1; a word that training.max_length cut off is
+    a wrong one."""
     from sklearn.metrics import f1_score
     from torch.nn import functional as F
 
@@ -166,7 +169,7 @@ def measure(task: Task, trainer: Any, evaluation: Evaluation, longest: int) -> M
     from recipes.common.sft import Measured
 
     rows = task.data["validation"].to_list()
-    loss, told, right = 0.0, [], []
+    loss, told, right, lost = 0.0, [], [], []
     shown: list[dict[str, Any]] = []
     with inference(trainer.model, bf16=trainer.args.bf16):
         for first in range(0, len(rows), evaluation.batch_size):
@@ -182,14 +185,21 @@ def measure(task: Task, trainer: Any, evaluation: Evaluation, longest: int) -> M
                 guessed, wanted = answers[places].tolist(), expected[places].tolist()
                 told += guessed
                 right += wanted
+                lost += list((Counter(map(task.classes.index, row["tags"])) - Counter(wanted)).elements())
                 if len(shown) < 20:
                     shown.append(_shown(task, row["words"], guessed, wanted))
+    seen = len(right)
+    told, right = told + [-1] * len(lost), right + lost
     accuracy = sum(a == b for a, b in zip(told, right, strict=True)) / len(right)
     figures = {
         "accuracy": round(accuracy, 4),
-        "macro_f1": round(float(f1_score(right, told, average="macro", zero_division=0.0)), 4),
+        "macro_f1": round(
+            float(f1_score(right, told, labels=sorted({*told, *right} - {-1}), average="macro", zero_division=0.0)), 4
+        ),
     }
-    return Measured(round(loss / len(right), 4), figures, shown)
+    if lost:
+        figures["words_cut"] = round(len(lost) / len(right), 4)
+    return Measured(round(loss / seen, 4), figures, shown)
 
 
 def _shown(task: Task, words: Sequence[str], told: Sequence[int], right: Sequence[int]) -> dict[str, Any]:

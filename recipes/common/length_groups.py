@@ -39,4 +39,8 @@ def group_by_length(trainer: Trainer, lengths: Sequence[int]) -> None:
         groups.set_epoch(0)
         return groups
 
+    def in_order(rows: Any) -> Any:  # scored in their order: theirs would look for lengths in the rows
+        return torch.utils.data.SequentialSampler(rows) if args.world_size <= 1 else None
+
     trainer._get_train_sampler = sampler  # type: ignore[method-assign, assignment]
+    trainer._get_eval_sampler = in_order  # type: ignore[method-assign]

@@ -53,6 +53,9 @@ OPENED_WITH = {  # the end of an architecture's name -> the class that opens it
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForPreTraining": "AutoModelForPreTraining",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "MTModel": "AutoModelForSeq2SeqLM",
     "BlankInfillingModel": "AutoModelForCausalLM",
 }
 
@@ -85,7 +88,7 @@ def _load_adapter(folder: Path) -> list[str]:
     if not (folder / "base.json").exists():
         return []
     about = json.loads((folder / "base.json").read_text())
-    labels = f", num_labels={about['labels']}" if about["labels"] else ""
+    labels = f", num_labels={len(about['classes'])}" if about["classes"] else ""
     peft = (folder / "adapter_config.json").exists()
     load = "PeftModel.from_pretrained" if peft else "load_adapter"  # ours: of a method that peft lacks
     return [

@@ -97,6 +97,10 @@ def _from_pretrained(what: str, load: Any, name: str, **options: Any) -> Any:
         )
         raise UserError(f"{key}: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if "attention implementation" in str(error):
+            raise UserError(
+                f"model.attention: {options.get('attn_implementation')} is not there for the {what} in {name}: set eager"
+            ) from error
         if looks_local:
             raise UserError(f"model: the {what} in {name} cannot be loaded: {first_line(error)}") from error
         raise UserError(_no_such(what, name, f"the hub does not give it ({first_line(error)})")) from error

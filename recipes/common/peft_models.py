@@ -149,7 +149,7 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
             raise UserError(f"{section}.trainable_token_indices: {wrong}: give some ids, or leave it out")
     if getattr(settings, "megatron_config", None) is not None:
         raise UserError(f"{section}.megatron_config: Megatron's layers are in none of these models: leave it out")
-    if heads := {name.partition(".")[0] for name in head_names(base)}:
+    if heads := {"pooler" if ".pooler." in name else name.partition(".")[0] for name in head_names(base)}:
         settings.modules_to_save = sorted({*(settings.modules_to_save or ()), *heads})  # type: ignore[attr-defined]
     # asked before: peft puts the layers that it finds in their place
     named = getattr(settings, "target_modules", None) not in (None, "all-linear")

@@ -56,6 +56,8 @@ def shape_of(config: Any, *, encoder: bool) -> Shape:
     )
     queries = first(f"{side}_attention_heads", "num_attention_heads")
     heads = first("num_key_value_heads") or queries
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        heads = 1  # Falcon-7B's, whatever its num_kv_heads says
     width = first("hidden_size", "d_model")
     if layers is None or heads is None or queries is None or width is None:
         raise UserError(f"a prefix needs to know the model's layers and heads, and {type(config).__name__} names none")
@@ -99,10 +101,18 @@ def shapes_of(model: PreTrainedModel) -> list[Shape]:
 
 def check(model: PreTrainedModel, settings: PrefixTuningConfig, args: SFTConfig, section: str, packed: bool) -> None:
     """Raise UserError for what a prefix cannot do. packed: whether training.packing would be done, for this task."""
+    from recipes.common.generation import model_positions
     from recipes.common.prompt_encoder import check_encoder, check_room, refuse_shards
+    from recipes.common.shared_prompts import windows_below
 
     check_encoder(settings, section)
     check_room(model, settings.num_virtual_tokens or 0)
+    longest = (settings.num_virtual_tokens or 0) + (args.max_length or model_positions(model) or 0)
+    if windows := windows_below(model.config, longest):
+        raise UserError(
+            f"model.name: layers of this model look back {min(windows)} tokens, and a row with its prefix may have {longest}: its "
+            "last tokens would lose the prefix; lower training.max_length, or take lora"
+        )
     refuse_shards(args, section)
     if args.gradient_checkpointing:
         raise UserError(

@@ -56,6 +56,11 @@ def prepare(
         )
     _set_stop_token(tokenizer, model, args)
     _fit_length(model, args, run)
+    if args.packing and (why := packing_leaks(model)):
+        if "training.packing" in run.given:
+            raise UserError(f"training.packing: {why}: set it to false")
+        run.choose("training.packing", False, why)
+        args.packing = args.eval_packing = False
     template = training_template(tokenizer, args)
     _check_template(data["train"], tokenizer, template, args, run)
     made = {}
@@ -92,6 +97,29 @@ def _fit_length(model: PreTrainedModel, args: SFTConfig, run: RunFolder) -> None
             )
         run.choose("training.max_length", positions, "the model's positions")
         args.max_length = positions
+
+
+def packing_leaks(model: PreTrainedModel) -> str:
+    """Why conversations cannot share a row of this model, "" if they can: OPT and BLOOM place their tokens without being told
+    where, and Falcon's mask is not read off the positions. The model is asked; not where no process holds its weights."""
+    import torch
+
+    from recipes.common.generation import inference
+    from recipes.common.sharding import launched_with
+
+    takes_apart = model.config._attn_implementation.startswith(
+        "flash"
+    )  # by TRL's collator, which lays out a single row
+    out_of_reach = any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters())
+    if takes_apart or out_of_reach or launched_with() == "FSDP":
+        return ""
+    ids = torch.tensor([[3, 4, 5, 6, 7, 10, 11, 12], [8, 9, 3, 3, 13, 10, 11, 12]], device=model.device)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=model.device).expand(2, -1)
+    with inference(model):  # two rows of two documents; the second of both is the same
+        told = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
+    if torch.allclose(told[0], told[1], rtol=1e-3, atol=1e-3 * told.abs().max().item()):
+        return ""
+    return f"{type(model).__name__} does not keep the conversations of a row apart: one that changes moves the next one's logits"
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> str | None:

@@ -150,9 +150,8 @@ def check_apart(model: Any) -> None:
     )
 
 
-def check_window(config: Any, longest: int) -> None:
-    """Raise UserError where a model's layers look back less far than a row of `longest` tokens is long: the mask of a shared
-    row takes the window's place."""
+def windows_below(config: Any, longest: int) -> list[int]:
+    """How far the layers of a model look back that do not see all of a row of `longest` tokens."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     windows = {
@@ -160,8 +159,13 @@ def check_window(config: Any, longest: int) -> None:
         "chunked_attention": getattr(config, "attention_chunk_size", None),
         "local": getattr(config, "window_size", None) if "local" in getattr(config, "attention_layers", ()) else None,
     }
-    bites = [size for kind, size in windows.items() if size and (kinds is None or kind in kinds) and size < longest]
-    if bites:
+    return [size for kind, size in windows.items() if size and (kinds is None or kind in kinds) and size < longest]
+
+
+def check_window(config: Any, longest: int) -> None:
+    """Raise UserError where a model's layers look back less far than a row of `longest` tokens is long: the mask of a shared
+    row takes the window's place."""
+    if bites := windows_below(config, longest):
         raise UserError(
             f"model.name: layers of this model look back {min(bites)} tokens, and a prompt with its answers is a row of up to "
             f"{longest}, in which they would see all of it: take shorter prompts or answers, fewer answers to a prompt, or a "

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipes.common.chat import encode_plain
+from recipes.common.generation import plain_choices, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,18 @@ def encode_pairs(
     return [Pair(source, target) for source, target in zip(*sides, strict=True)]
 
 
+def encode_pairs_as_told(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str], max_length: int
+) -> list[Pair]:
+    """`encode_pairs` with what a pretrained model's own tokenizer puts around a text of each side: BART's <s>, mBART's
+    language, Marian's other vocabulary. An end follows where it puts none."""
+    how: Any = {"truncation": True, "max_length": max_length, "split_special_tokens": True, "verbose": False}
+    sides = [tokenizer(list(sources), **how)["input_ids"], tokenizer(text_target=list(targets), **how)["input_ids"]]
+    end = tokenizer.eos_token_id
+    ended = [[ids if end in ids[-2:] else [*ids[: max_length - 1], end] for ids in side] for side in sides]
+    return [Pair(source, target) for source, target in zip(*ended, strict=True)]
+
+
 def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
     """input_ids and attention_mask: (batch, longest source); labels: (batch, longest target), -100 behind the end."""
     sources = [torch.tensor(pair.source) for pair in pairs]
@@ -58,8 +71,13 @@ def write(
     batch_size: int = 100,
     beams: int = 1,
 ) -> list[str]:
-    """What the model writes for each source, at most `tokens` tokens: greedily, or the best of a search with `beams`."""
-    device = model.device
+    """What the model writes for each source, at most `tokens` tokens: greedily, or the best of a search with `beams`.
+
+    The checkpoint's own generation defaults (a summary's least length) are set aside. It begins with what it began with in
+    training: an mBART's target language.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device, ends = model.device, stop_ids(base, tokenizer)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].source))
     texts = [""] * len(pairs)
     model.eval()
@@ -67,8 +85,12 @@ def write(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             batch = {k: v.to(device) for k, v in batch_of([pairs[i] for i in chosen], tokenizer.pad_token_id).items()}
-            del batch["labels"]
-            out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, num_beams=beams)
+            begin = base.prepare_decoder_input_ids_from_labels(batch.pop("labels"))[0, 0].item()
+            with plain_choices(base):
+                out = model.generate(
+                    **batch, max_new_tokens=tokens, do_sample=False, num_beams=beams, decoder_start_token_id=begin,
+                    eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
             for i, text in zip(chosen, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 texts[i] = text.strip()
     return texts

@@ -32,8 +32,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Where the two biases of the paper's section 3.3 are, in the names of transformers.
-QUERY = ("query", "q_proj", "q_lin")  # b_q
-MLP = ("intermediate.dense", "fc1", "lin1", "up_proj", "gate_proj")  # b_m2: into the wide inner layer
+QUERY = ("query", "query_proj", "q_proj", "q_lin")  # b_q
+MLP = (
+    "intermediate.dense",
+    "dense_h_to_4h",
+    "fc1",
+    "lin1",
+    "c_fc",
+    ".ffn",
+    "up_proj",
+    "gate_proj",
+)  # b_m2: into the wide inner layer
 SWITCHES = ("attention_bias", "mlp_bias")  # fields of a config that give its model biases
 
 
@@ -105,8 +114,11 @@ def put_in(model: PreTrainedModel, settings: dict[str, Any]) -> PreTrainedModel:
         return model
     missing = missing_biases(model)
     if not missing:
+        own = sum(name.endswith("bias") for name, _ in model.named_parameters())
         raise UserError(
-            f"bitfit.add_biases: {type(model).__name__} has no linear layer that could be given a bias: its config "
+            f"bitfit.add_biases: {type(model).__name__} has {own} biases of its own: leave it out"
+            if own
+            else f"bitfit.add_biases: {type(model).__name__} has no linear layer that could be given a bias: its config "
             f"has no switch for more of them ({', '.join(SWITCHES)}), so they could not be saved with it"
         )
     for name in missing:

@@ -251,6 +251,7 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BartForConditionalGeneration
 
+    from recipes.common.downstream import too_short
     from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
 
@@ -268,6 +269,7 @@ def check(config: Config, model: Any) -> None:
         for name, length in lengths.items()
         if length > positions
     ]
+    problems += too_short({task: getattr(config, task).max_length for task in bart.tasks})
     if not bart.corruptions:
         problems.append("bart.corruptions: there is none, and a text that is not corrupted is only copied: name one")
     if bart.block_length < 8:
@@ -307,9 +309,9 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     model.accepts_loss_kwargs = False
 
     splits = {
-        task: load_classes(config.classification)
+        task: load_classes(config.classification, task)
         if task == "classification"
-        else load_rows(getattr(config, task), "pair")
+        else load_rows(getattr(config, task), "pair", task)
         for task in bart.tasks
     }
     data = load_data(config.data, "text")

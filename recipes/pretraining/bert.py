@@ -219,6 +219,7 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
 
+    from recipes.common.downstream import too_short
     from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
 
@@ -236,6 +237,7 @@ def check(config: Config, model: Any) -> None:
     for name, length in lengths.items():
         if length > places:
             problems.append(f"{name}: {length} tokens are above model.config.max_position_embeddings, {places}")
+    problems += too_short({task: getattr(config, task).max_length for task in config.bert.tasks})
     if config.bert.row_length < 11:
         problems.append(
             f"bert.row_length: {config.bert.row_length} tokens hold no two texts beside three marks: use 11"
@@ -273,7 +275,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     plain = np.array(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))  # what a random token may be
 
     settings = {"classification": config.classification, "pairs": config.pairs}
-    splits = {task: load_classes(settings[task]) for task in bert.tasks}
+    splits = {task: load_classes(settings[task], task) for task in bert.tasks}
     for task, split in splits.items():
         check_texts(task, split)
     data = load_data(config.data, "text")

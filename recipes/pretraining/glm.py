@@ -269,7 +269,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     model: Any = load_model(config.model, tokenizer, run)
     check(config, model, tokenizer)
 
-    labelled, pairs = load_classes(config.classification), load_rows(config.generation, "pair")
+    labelled = load_classes(config.classification, "classification")
+    pairs = load_rows(config.generation, "pair", "generation")
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, glm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, glm.block_length)]

@@ -218,6 +218,7 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import T5ForConditionalGeneration
 
+    from recipes.common.downstream import too_short
     from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
     from recipes.common.span_corruption import lengths, longest_text
@@ -242,6 +243,7 @@ def check(config: Config, model: Any) -> None:
                 f"t5.sentinels: {t5.sentinels} cannot mark the {spans.spans} spans of a text: set it to {spans.spans} at "
                 "least, or raise t5.mean_span"
             )
+    problems += too_short({"finetuning": config.finetuning.max_length})
     problems += [
         f"{name}.data: no data for its {getattr(config, name).rows} rows: name some, or set {name}.rows: 0"
         for name in TASKS

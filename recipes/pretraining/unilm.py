@@ -188,6 +188,7 @@ def check(config: Config, model: Any) -> None:
     """Raise UserError, before any long work, for what cannot be trained so."""
     from transformers import BertForPreTraining
 
+    from recipes.common.downstream import too_short
     from recipes.common.draws import refuse_smoothing
     from recipes.common.optimizers import check_muon
     from recipes.common.prefix_masks import PADDED_TO, SEGMENTS
@@ -215,11 +216,7 @@ def check(config: Config, model: Any) -> None:
                 f"{name} {length} tokens, {padded} with their padding, are above model.config.max_position_embeddings, "
                 f"{model.config.max_position_embeddings}"
             )
-    problems += [
-        f"{name}.max_length: {section.max_length} tokens are too short: use 8 at least"
-        for name, section in (("classification", config.classification), ("generation", config.generation))
-        if section.max_length < 8
-    ]
+    problems += too_short({name: getattr(config, name).max_length for name in ("classification", "generation")})
     if (kernel := model.config._attn_implementation) not in ("eager", "sdpa"):
         problems.append(f"model.attention: {kernel} does not take this objective's own masks: set eager or sdpa")
     if unilm.block_length < 8:
@@ -267,7 +264,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     check(config, model)
     train_on_cloze(model)
 
-    labelled, pairs = load_classes(config.classification), load_rows(config.generation, "pair")
+    labelled = load_classes(config.classification, "classification")
+    pairs = load_rows(config.generation, "pair", "generation")
     data = load_data(config.data, "text")
     blocks = pack_texts(data["train"], tokenizer, unilm.block_length)
     held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]

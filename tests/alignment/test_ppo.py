@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.alignment import ppo
+from recipes.common import generation
 from recipes.common.recipe import run_recipe
+from tests.alignment import seeded_ppo
 from tests.conftest import ROOT
 
 
@@ -316,6 +318,27 @@ TWO = {  # a pass is one minibatch: which rows come together does not depend on 
 }
 
 
+@pytest.fixture
+def beside_one_process(execute, tmp_path, monkeypatch):
+    """Run one line in this process and in the two that `launcher` starts: (one's rows, two's rows, two's weights, one's weights)."""
+
+    def run_both(line, launcher, **environment):
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "generate_ids", seeded_ppo.seeded)
+            alone = line(tmp_path / "one", training__per_device_train_batch_size=32)
+            assert run_recipe(ppo.main, ppo.Config, alone) == 0
+        given = line(tmp_path / "two", training__per_device_train_batch_size=16)
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = execute([sys.executable, *launcher, seeded_ppo.__file__, *given], timeout=600, **environment)
+        assert done.returncode == 0, done.stderr
+        folders = [tmp_path / processes / "ppo" / "default" for processes in ("one", "two")]
+        one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+        ours, whole = (load_file(f / "model" / "model.safetensors") for f in reversed(folders))
+        return one, two, ours, whole
+
+    return run_both
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
@@ -333,59 +356,40 @@ TWO = {  # a pass is one minibatch: which rows come together does not depend on 
     ],
     ids=["separate", "shared", "warmup", "others"],
 )
-def test_two_processes_take_the_steps_of_one(tiny, judge, preferences, prose, tmp_path, execute, more):
+def test_two_processes_take_the_steps_of_one(tiny, judge, preferences, prose, beside_one_process, more):
     """LAUNCH=ddp NPROC=2 on CPU, each with half of the answers: the figures and the weights of one process with all.
 
     All that is changed is what the answers are drawn by: seeds of their prompt's own here, each process's otherwise.
     """
-    from safetensors.torch import load_file
-
     text = {"pretraining__name": prose, "ppo__pretraining_length": 16} if "ppo__pretraining_coefficient" in more else {}
-    script = Path(__file__).parent / "seeded_ppo.py"
-    folders = []
-    for processes in (1, 2):
-        size = {"training__per_device_train_batch_size": 32 // processes}
-        given = arguments(tiny, judge, preferences, tmp_path / str(processes), **TWO, **more, **text, **size)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
-        environment = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-        done = execute([sys.executable, *launcher, script, *given], timeout=600, **environment)
-        assert done.returncode == 0, done.stderr
-        folders.append(tmp_path / str(processes) / "ppo" / "default")
-    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+    one, two, ours, whole = beside_one_process(
+        lambda root, **size: arguments(tiny, judge, preferences, root, **TWO, **more, **text, **size),
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        ACCELERATE_USE_CPU="true",
+    )
     assert [row["step"] for row in two] == [1, 2, 3, 4] and two[-1]["kl"] != 0 and two[0]["ratio_error"] == 0
     names = {"loss", "policy_loss", "value_loss", "clip_fraction", "update_kl", "reward", "kl", "entropy"}
     names |= {"response_length", "kl_coefficient"} | ({"text_loss"} if text else set())
     for name in names | ({"explained_variance"} if more.get("ppo__critic") != "others" else {"informative"}):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=2e-4, rel=1e-3), name
     start = load_file(tiny / "model.safetensors")
-    ours, whole = (load_file(f / "model" / "model.safetensors") for f in reversed(folders))
     for name, weight in whole.items():
         assert (ours[name] - weight).norm() < 0.02 * (weight - start[name]).norm() + 1e-5, name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["zero2", "zero3"])
-def test_a_sharded_run_takes_the_steps_of_one_process(tiny, judge, preferences, tmp_path, execute, launch):
+def test_a_sharded_run_takes_the_steps_of_one_process(tiny, judge, preferences, beside_one_process, launch):
     """Policy, critic and reference cut in two: answers, figures and the saved policy are those of one process."""
-    from safetensors.torch import load_file
-
     pytest.importorskip("deepspeed")
-    script, folders = Path(__file__).parent / "seeded_ppo.py", []
-    for processes in (1, 2):
-        size = {"training__per_device_train_batch_size": 32 // processes}
-        given = arguments(tiny, judge, preferences, tmp_path / str(processes), **TWO, **size)
-        before = ["tests/sharded_on_cpu.py", launch, "2"] if processes > 1 else []
-        done = execute(
-            [sys.executable, *before, script, *given], timeout=600, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT)
-        )
-        assert done.returncode == 0, done.stderr
-        folders.append(tmp_path / str(processes) / "ppo" / "default")
-    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+    one, two, ours, whole = beside_one_process(
+        lambda root, **size: arguments(tiny, judge, preferences, root, **TWO, **size),
+        ["tests/sharded_on_cpu.py", launch, "2"],
+    )
     assert len(two) == 4 and two[-1]["kl"] != 0 and two[0]["ratio_error"] == 0
     for name in ("loss", "policy_loss", "value_loss", "reward", "kl", "entropy", "explained_variance"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=2e-4, rel=1e-3), name
     start = load_file(tiny / "model.safetensors")
-    ours, whole = (load_file(f / "model" / "model.safetensors") for f in reversed(folders))
     assert ours.keys() == whole.keys()
     for name, weight in whole.items():
         assert (ours[name] - weight).norm() < 0.02 * (weight - start[name]).norm() + 1e-5, name

@@ -325,3 +325,15 @@ def test_a_saved_model_is_weights_and_no_code(tmp_path: Any) -> None:
     small_model().save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_answers_have_the_length_at_most() -> None:
+    batch = blank_infilling.answer_batch([[5] * 50], [[8] * 50], Marks(1, 2, 3, 0), 20)
+    assert int((batch["input_ids"] != 0).sum()) == 20
+
+
+def test_an_end_of_text_ends_a_sentence() -> None:
+    tokenizer = make_tokenizer()
+    a, b = (tokenizer(letter)["input_ids"][0] for letter in "ab")
+    ends = blank_infilling.sentence_marks(tokenizer)
+    assert blank_infilling.sentences([a, tokenizer.eos_token_id, b], ends) == [(0, 2), (2, 3)]

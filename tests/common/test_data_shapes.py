@@ -68,7 +68,7 @@ def test_labels_per_class_is_exact(lists: str, each: int) -> None:
     settings = Downstream(
         data=lists, columns={"text": "0", "label": "1"}, validation_split="test", labels=1, labels_per_class=each
     )
-    rows, held_out = load_rows(settings, "classification")
+    rows, held_out = load_rows(settings, "classification", "downstream")
     assert Counter(row["label"] for row in rows) == {"a": min(each, 30), "b": min(each, 30)}  # 30 is all there is
     assert rows[0]["text"] == "say 0" and len(held_out) == 6 and held_out[0]["text"].startswith("test")
 
@@ -78,15 +78,15 @@ def test_ten_labels_of_each_of_clinc150s_classes(shared_data: Path) -> None:
         data=str(shared_data / "clinc150/data_full.json"), columns={"text": "0", "label": "1"},
         validation_split="test", labels_per_class=10, eval_rows=4500,
     )  # fmt: skip
-    rows, held_out = load_rows(settings, "classification")
+    rows, held_out = load_rows(settings, "classification", "downstream")
     assert set(Counter(row["label"] for row in rows).values()) == {10} and len(rows) == 1500
     assert set(Counter(row["label"] for row in held_out).values()) == {30} and len(held_out) == 4500
     assert not {row["text"] for row in rows} & {row["text"] for row in held_out}
 
 
 def test_labels_per_class_of_pairs_is_refused(lists: str) -> None:
-    with pytest.raises(UserError, match="labels_per_class: 3, but rows of kind 'pair' have no class"):
-        load_rows(Downstream(data=lists, labels_per_class=3), "pair")
+    with pytest.raises(UserError, match=r"^generation\.labels_per_class: 3, but rows of kind 'pair' have no class"):
+        load_rows(Downstream(data=lists, labels_per_class=3), "pair", "generation")
 
 
 # ---------------------------------------------------------------------------------------------- parallel text

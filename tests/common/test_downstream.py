@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recipes.common import downstream
 from recipes.common.downstream import Downstream, accuracy, class_names, compare_starts, fine_tune, load_rows
 from recipes.common.errors import UserError
 
@@ -87,7 +89,9 @@ def test_what_is_frozen_stays(args: Any, run: Any) -> None:
 
 
 def test_rows_of_a_builtin_set_and_their_classes() -> None:
-    rows, held_out = load_rows(Downstream(data="pydocs_package", labels=200, eval_rows=100), "classification")
+    rows, held_out = load_rows(
+        Downstream(data="pydocs_package", labels=200, eval_rows=100), "classification", "downstream"
+    )
     assert (len(rows), len(held_out)) == (200, 100)
     assert len(class_names(rows, held_out)) == 8
     with pytest.raises(UserError, match="one class alone"):
@@ -115,3 +119,22 @@ def test_two_starts_are_copies_of_the_trained_weights_and_of_random_ones() -> No
     with torch.no_grad():
         pretrained.state_dict()[name].zero_()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_what_a_classifier_adds_is_the_same_in_both_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[nn.Linear] = []
+    monkeypatch.setattr(downstream, "compare_starts", lambda one, other, *_: caught.extend((one, other)) or {})
+    rows = [{"label": "a"}, {"label": "b"}]
+    args: Any = SimpleNamespace(seed=3, bf16=False)
+    nothing: Any = None
+    downstream.compare_classifiers(
+        (None, None), (rows, rows), lambda _, names: nn.Linear(4, len(names)), nothing, nothing, args, nothing, "x"
+    )
+    assert torch.equal(caught[0].weight, caught[1].weight)
+
+
+def test_errors_name_the_section_and_the_data(tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text("".join(f'{{"text": "x{i}", "label": "a"}}\n' for i in range(40)))
+    with pytest.raises(UserError, match=r"^pairs\.labels \(.*one\.jsonl\): the \d+ rows used have one class alone"):
+        downstream.load_classes(Downstream(data=str(file)), "pairs")

@@ -151,18 +151,36 @@ def test_a_row_has_berts_form_and_gives_the_text_back() -> None:
         assert a == block[: len(a)] and b == (block[len(a) : size] if follows else other[: len(b)])
 
 
-def test_a_word_that_both_texts_number_alike_is_two_words() -> None:
-    """A's word 0 and B's word 0 are not one word, so they are not always hidden together."""
+def test_words_of_two_texts_with_one_number_are_two() -> None:
+    """A's word 0 and B's word 0 are not one word: of those that both texts have whole, one is hidden without the other."""
     tokenizer = make_tokenizer()
     add_marks(tokenizer)
-    texts = (list(range(20, 32)), [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3), (list(range(40, 52)), [0] * 3 + [1] * 9)
-    together = []
-    for seed in range(200):
-        row = sample(texts[0], texts[1], tokenizer, PLAIN, 0.3, True, rng(seed))
+    texts = [(list(range(first, first + 12)), [i // 2 for i in range(12)]) for first in (20, 40)]  # words of two tokens
+    apart = 0
+    for seed in range(300):
+        row = sample(texts[0], texts[1], tokenizer, np.arange(20, 60), 0.34, True, rng(seed))
         if row["next_sentence_label"] == ANOTHER:
-            hidden = [label for label in row["labels"] if label != IGNORED]
-            together.append(bool(set(hidden) & {20, 21, 22}) and bool(set(hidden) & {40, 41, 42}))
-    assert together and not all(together)
+            first = row["token_type_ids"].index(1) - 2  # tokens of A
+            hidden = {label for label in row["labels"] if label != IGNORED}
+            both = range(min(first // 2, (12 - first) // 2))  # words whole in A and in B
+            apart += any((20 + 2 * word in hidden) != (40 + 2 * word in hidden) for word in both)
+    assert apart > 30
+
+
+def test_next_sentence_labels_are_transformers() -> None:
+    """BertForPreTraining: 0 says that B follows A, 1 that it does not."""
+    for seed in range(50):
+        _, b, label = segments(list(range(40)), list(range(100, 140)), rng(seed))
+        assert label == int(b[0] >= 100)
+
+
+def test_cuts_lie_anywhere_between_the_quarters() -> None:
+    cuts = Counter(len(segments(list(range(40)), list(range(40)), rng(seed))[0]) for seed in range(4000))
+    assert set(cuts) == set(range(10, 30)) and min(cuts.values()) > 130  # 200 each
+
+
+def test_the_number_of_hidden_tokens_is_rounded() -> None:
+    assert [len(choose(range(n), 0.15, False, rng())) for n in (13, 16, 17)] == [2, 2, 3]
 
 
 def test_the_tokenizer_gives_one_text_or_two_in_berts_form() -> None:

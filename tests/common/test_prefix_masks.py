@@ -325,3 +325,8 @@ def test_writing_is_what_the_masks_predict_one_after_another() -> None:
             state = encode(model, **batch_of([Sample(given, [-100] * len(given), 4, SEQUENCE_TO_SEQUENCE)], marks))
             stopped.append(int(model.cls.predictions(state[0, len(given) - 1]).argmax()) == end and end not in answer)
         assert stopped and all(stopped)
+
+
+def test_the_segments_of_the_four_masks_are_all_different() -> None:
+    """As numbers: a saved model is of use to those alone who number them so."""
+    assert SEGMENTS == ((2, 2), (3, 3), (0, 1), (4, 5)) and len({i for pair in SEGMENTS for i in pair}) == 6

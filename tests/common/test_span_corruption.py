@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from tiny_chat import make_tokenizer
 
 from recipes.common.errors import UserError
 from recipes.common.span_corruption import (
@@ -144,3 +145,8 @@ def test_sentinels_are_added_once() -> None:
     assert add_sentinels(tokenizer, 10) == ids and len(tokenizer) == size + 10
     assert tokenizer.eos_token == "<|end|>" and "<|user|>" in tokenizer.all_special_tokens  # none was lost
     assert tokenizer.decode(ids[:2], skip_special_tokens=True) == ""
+
+
+def test_sentinels_come_in_their_order() -> None:
+    tokenizer = make_tokenizer()
+    assert tokenizer.convert_ids_to_tokens(add_sentinels(tokenizer, 5)) == [f"<extra_id_{i}>" for i in range(5)]

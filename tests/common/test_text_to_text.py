@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from tiny_chat import make_tokenizer
 
+from recipes.common.masked_language import add_marks
 from recipes.common.text_to_text import (
     Pair,
     as_number,
@@ -13,9 +18,11 @@ from recipes.common.text_to_text import (
     batch_of,
     correlation,
     encode_pairs,
+    encode_pairs_as_told,
     mixing_rates,
     mixture,
     similar_pairs,
+    write,
 )
 
 
@@ -78,3 +85,44 @@ def test_similar_pairs_say_how_many_words_stayed() -> None:
         assert score == same
     counts = np.bincount([int(score) for _, _, score in pairs], minlength=6)
     assert counts / 2000 == pytest.approx([1 / 6] * 6, abs=0.045)  # 5 standard errors
+
+
+class Echo(torch.nn.Module):
+    """Writes its source, and keeps how it was asked."""
+
+    device = torch.device("cpu")
+    generation_config = SimpleNamespace(eos_token_id=None, min_length=56)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        return labels[:, -1:]  # mBART's: the target's language stands last
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **asked: Any) -> torch.Tensor:
+        self.asked, self.defaults = asked, self.generation_config
+        return input_ids
+
+
+def test_what_is_written_comes_back_in_the_order_of_the_pairs() -> None:
+    tokenizer, model = make_tokenizer(), Echo()
+    texts = ["ccc", "a", "dddd", "bb", "eeeee"]
+    assert write(model, encode_pairs(tokenizer, texts, texts, 20), tokenizer, 4, False, batch_size=3) == texts
+
+
+def test_a_checkpoints_generation_defaults_are_set_aside_and_put_back() -> None:
+    tokenizer, model = make_tokenizer(), Echo()
+    before = model.generation_config
+    write(model, [Pair([20, 21, 1], [22, 77])], tokenizer, 4, False)
+    assert model.generation_config is before and getattr(model.defaults, "min_length", None) != 56
+    assert model.asked["decoder_start_token_id"] == 77
+    assert model.asked["eos_token_id"] == [tokenizer.eos_token_id]
+
+
+def test_pairs_are_encoded_as_the_models_own_tokenizer_does() -> None:
+    """What it puts around a text of each side stays; an end follows where it puts none; both fit."""
+    tokenizer = make_tokenizer()
+    plain = encode_pairs_as_told(tokenizer, ["abcdef"], ["ab"], 4)
+    assert plain == encode_pairs(tokenizer, ["abcdef"], ["ab"], 4)
+    add_marks(tokenizer)  # BERT's: [CLS] text [SEP]
+    cls, sep, end = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id
+    ((source, target),) = encode_pairs_as_told(tokenizer, ["abcdef"], ["ab"], 5)
+    assert source[0] == cls and len(source) == 5 and source[-1] == end
+    assert target[0] == cls and target[-2:] == [sep, end]

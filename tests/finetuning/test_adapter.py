@@ -334,3 +334,21 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
 ) -> None:
     changes, told = BAD[case]
     checks.check_refused(adapter, checks.arguments(chat_model, questions, FEW, changes), told, run_in_process, tmp_path)
+
+
+def test_in_a_t5_houlsbys_attention_adapter_stands_after_the_self_attention(tmp_path: Path) -> None:
+    """And not after the cross-attention of a decoder's layer; the other one after the feed-forward."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(checks.save_t5(tmp_path)).eval()
+    plain = copy.deepcopy(model)
+    bottleneck.put_in(model, Adapter(kind="houlsby", bottleneck=4))
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 32)
+    for side in ("encoder", "decoder"):
+        block, own = getattr(model, side).block[0], getattr(plain, side).block[0]
+        for one in (block.attention_adapter, block.feed_forward_adapter):
+            nn.init.normal_(one.up.weight)
+        with torch.no_grad():
+            h = own.layer[0].SelfAttention(x)[0]
+            assert torch.allclose(block.layer[0].SelfAttention(x)[0], h + block.attention_adapter(h), atol=1e-5)
+            h = own.layer[-1].DenseReluDense(x)
+            assert torch.allclose(block.layer[-1].DenseReluDense(x), h + block.feed_forward_adapter(h), atol=1e-5)
