@@ -75,7 +75,7 @@ def with_room(rows: list[Row], tokenizer: Any, model: PreTrainedModel, config: C
     from recipes.common.policy_figures import check_room
 
     asked = [row["prompt"] for row in rows]
-    kept = check_room(asked, prompt_ids(tokenizer, asked), model, 1, "an answer of", config.data, run)
+    kept = check_room(asked, prompt_ids(tokenizer, asked), model, 1, None, config.data, run)
     return [rows[i] for i in kept]
 
 
@@ -223,6 +223,7 @@ def make_trainer(
     from datasets import Dataset
     from trl import DPOTrainer
 
+    from recipes.common.peft_models import check_ranks
     from recipes.common.rlhf import check_adapter_off
     from recipes.common.sft import plain_logits, project_only_labels
 
@@ -237,6 +238,9 @@ def make_trainer(
         None if args.precompute_ref_log_probs else copy.deepcopy(reference) if args.sync_ref_model else reference
     )
     base = list(model.parameters())
+    named = config.lora is not None and config.lora.target_modules not in (None, "all-linear")  # peft fills it in
+    if args.world_size > 1:  # the last batch is filled up with rows that were there before, inside a process's mean
+        args.per_device_eval_batch_size = 1
     trainer = Prepared(
         model, ref_model, args=args, processing_class=tokenizer, peft_config=config.lora,
         train_dataset=Dataset.from_list([{c: pair[c] for c in columns} for pair in train]),
@@ -244,6 +248,7 @@ def make_trainer(
     )  # fmt: skip
     if config.lora is not None:
         check_adapter_off(base, trainer.model, config.lora.bias)
+        check_ranks(trainer.model, "lora", named)
     if args.device.type == "cpu" and plain_logits(trainer.model) and not args.use_weighting:
         for scored in filter(None, (trainer.model, trainer.ref_model)):
             project_only_labels(scored)
@@ -340,7 +345,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common import policy_figures, sharding
     from recipes.common.data import load_data
     from recipes.common.generation import check_turn_end
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import load_model, load_tokenizer, refuse_quantised
     from recipes.common.peft_models import check_low_rank
     from recipes.common.preflight import preflight
     from recipes.common.rlhf import check_fresh_adapter, disable_dropout
@@ -350,6 +355,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     dpo, args, evaluation = config.dpo, config.training, config.evaluation
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
+    refuse_quantised(model)
     check_turn_end(model, tokenizer)
     data = load_data(config.data, "prompt" if dpo.candidates == "sampled" else "preference")
     rows = with_room(data["train"].to_list(), tokenizer, model, config, run)

@@ -230,8 +230,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common import policy_figures, rlhf, sft, sharding
     from recipes.common.data import load_data
     from recipes.common.generation import check_turn_end, prompt_ids, stop_ids
-    from recipes.common.models import load_model, load_tokenizer
-    from recipes.common.peft_models import check_low_rank
+    from recipes.common.models import load_model, load_tokenizer, refuse_quantised
+    from recipes.common.peft_models import check_low_rank, check_ranks
     from recipes.common.preflight import preflight
     from recipes.common.training import fit, total_steps
 
@@ -239,6 +239,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     args, evaluation = config.training, config.evaluation
     tokenizer = load_tokenizer(config.model, run, chat=True)
     model = load_model(config.model, tokenizer, run)
+    refuse_quantised(model)
     check_turn_end(model, tokenizer)
     data = load_data(config.data, "prompt")
     train = data["train"].select_columns([c for c in data["train"].column_names if c not in TAKEN])
@@ -262,11 +263,13 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     run.given.add("training.torch_compile")
     args.include_num_input_tokens_seen = "no"  # trl counts them itself, as it answers
     base = list(model.parameters())
+    named = config.lora is not None and config.lora.target_modules not in (None, "all-linear")  # peft fills it in
     trainer = GRPOTrainer(
         model, rewards, args=args, train_dataset=train, processing_class=tokenizer, peft_config=config.lora
     )
     if config.lora is not None:
         rlhf.check_adapter_off(base, trainer.model, config.lora.bias)
+        check_ranks(trainer.model, "lora", named)
     if args.device.type == "cpu" and sft.plain_logits(model) and args.temperature == 1.0:
         for scored in filter(None, (trainer.model, trainer.ref_model)):
             sft.project_only_labels(scored)

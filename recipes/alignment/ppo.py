@@ -413,7 +413,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common import ppo_measure, ppo_rollout, rlhf
     from recipes.common.data import load_data
     from recipes.common.generation import check_turn_end, is_checkable
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import load_model, load_tokenizer, refuse_quantised
     from recipes.common.peft_models import check_low_rank
     from recipes.common.policy_figures import side_by_side
     from recipes.common.preflight import enough_rows, preflight
@@ -442,6 +442,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     function = find(ppo.reward_function, rows.column_names) if ppo.reward_function else None
 
     policy = load_model(config.model, tokenizer, run)
+    refuse_quantised(policy)
     check_turn_end(policy, tokenizer)
     check_apart(policy)
     longest_prompt = max(map(len, prompts + held_out_prompts))

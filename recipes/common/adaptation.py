@@ -63,7 +63,7 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
     from recipes.common import labelling
     from recipes.common.adapter_files import fingerprint
     from recipes.common.data import load_data
-    from recipes.common.models import load_model, load_tokenizer
+    from recipes.common.models import load_model, load_tokenizer, refuse_quantised
 
     if model.name is None:
         raise UserError(
@@ -93,11 +93,7 @@ def prepare(model: Model, data: Data, task_type: str, run: RunFolder, **options:
             f"model.tokenizer: {type(base).__name__} tells the class at the end of a text, and this tokenizer writes no "
             f"{tokenizer.eos_token}: give the model's own"
         )
-    if getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False):
-        raise UserError(
-            f"model.name: {model.name} was saved quantised: what is learned could not be merged into it, since rounding "
-            "the sum would lose it; give the full-precision weights (qlora quantises them itself)"
-        )
+    refuse_quantised(base)
     return Task(task_type, tokenizer, base, rows, fingerprint(base), classes)
 
 

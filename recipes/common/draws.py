@@ -84,6 +84,8 @@ def pretrain_and_score(
     held_out: batches whose draws are the same before and after, and in every run
     flops_per_token: of a batch, for models that the usual count does not fit (an encoder-decoder)
     """
+    from accelerate.utils import gather_object
+
     from recipes.common.held_out import mean_loss, unigram_loss
     from recipes.common.preflight import preflight
     from recipes.common.sharding import whole_model
@@ -96,8 +98,9 @@ def pretrain_and_score(
     preflight(run, model, seen[0], args=args, total_steps=total_steps(trainer))
     if flops_per_token is not None:
         run.figures["flops_per_token"] = flops_per_token(seen[0])
-    seen += [batch for batch, _ in zip(batches, range(BATCHES_COUNTED - 1), strict=False)]
-    targets = [batch["labels"].cpu() for batch in seen]
+    more = max(1, BATCHES_COUNTED // args.world_size) - 1  # of each process, which counts its part of every batch
+    seen += [batch for batch, _ in zip(batches, range(more), strict=False)]
+    targets = gather_object([batch["labels"].cpu() for batch in seen])
     figures = {
         "unigram_loss": unigram_loss(targets, [batch["labels"] for batch in held_out], len(tokenizer)),
         "untrained_loss": mean_loss(whole_model(trainer), held_out, args),

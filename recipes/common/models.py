@@ -286,6 +286,15 @@ def load_model(
     return made
 
 
+def refuse_quantised(model: Any) -> None:
+    """Raise UserError for weights that were saved in few bits, of a model that is to learn and to be saved again."""
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        raise UserError(
+            f"model.name: {model.config._name_or_path} was saved quantised: what is learned could not be merged into it, since "
+            "rounding the sum would lose it; give the full-precision weights (qlora quantises them itself)"
+        )
+
+
 def settle_stops(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunFolder, *, fresh: bool = False) -> None:
     """Let the model name all tokens that end its answers, and the tokenizer's padding.
 

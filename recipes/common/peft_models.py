@@ -86,7 +86,7 @@ def check_low_rank(
         )
 
 
-def _check_ranks(adapted: Any, section: str, named: bool) -> None:
+def check_ranks(adapted: Any, section: str, named: bool) -> None:
     """Raise UserError for a rank above what its layer can have: of layers that the user `named` for any, else for all of them
     (all-linear takes in the router of a mixture of experts, which has as many rows as there are experts)."""
     from peft.tuners.lora import LoraLayer
@@ -157,7 +157,7 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
         adapted = get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
-    _check_ranks(adapted, section, named)
+    check_ranks(adapted, section, named)
     return adapted
 
 

@@ -189,30 +189,31 @@ def check_room(
     prompts: Sequence[Sequence[int]],
     model: PreTrainedModel,
     answer: int,
-    key: str,
+    key: str | None,
     data: Data,
     run: RunFolder,
 ) -> list[int]:
-    """Rows whose prompt and an answer of `answer` tokens (given as `key`) fit the model's positions.
+    """Rows whose prompt and an answer of `answer` tokens (given as `key`, if it was) fit the model's positions.
 
     Raises UserError, with the first row that does not, or, with data.on_bad_row: skip, leaves them out and counts them.
     """
     from recipes.common.generation import model_positions
 
     places = model_positions(model) or 2**30
+    room = f"no room for {key} {answer}" if key else "no room for an answer"
     bad = [i for i, prompt in enumerate(prompts) if len(prompt) + answer > places]
     if bad and (data.on_bad_row == "error" or len(bad) == len(prompts)):
         first, length = bad[0], len(prompts[bad[0]])
         why = f"{length} tokens, longer than the context of {places}"
         if length < places:
-            why = f"{length} tokens long, which leaves no room for {key} {answer} within the context of {places}"
+            why = f"{length} tokens long, which leaves {room} within the context of {places}"
         raise UserError(
             f"data: the prompt of row {first + 1} ({conversations[first][-1]['content'][:40]!r}) is {why}"
             + (f"; so are {len(bad) - 1} more" if len(bad) > 1 else "")
-            + f": lower {key}, take a model with more positions, or leave such rows out (data.on_bad_row: skip)"
+            + f": {f'lower {key}, ' if key else ''}take a model with more positions, or leave such rows out (data.on_bad_row: skip)"
         )
     if bad:
-        run.say(f"  {len(bad)} of {len(prompts)} prompts leave no room for {key} {answer}: left out")
+        run.say(f"  {len(bad)} of {len(prompts)} prompts leave {room}: left out")
     out = set(bad)
     return [i for i in range(len(prompts)) if i not in out]
 

@@ -9,7 +9,7 @@
 Every deltaT steps the triplets with the largest S of the whole model are kept, and the singular values of the others set
 to zero; until the last tfinal steps they may learn their way back. peft has the parts, but neither it nor transformers
 calls them, and TRL makes its loss of the tokens' log-probabilities, without eq. (4): with neither of the two functions
-below AdaLoRA is a plain LoRA.
+below AdaLoRA is a plain LoRA. Merged like LoRA: nothing is added at inference.
 
 Zhang et al. 2023, https://arxiv.org/abs/2303.10512
 

@@ -6,6 +6,8 @@
     task       on top:  h <- h + T(h + L(h))                        trained on the source language's rows, L and F, G frozen
     zero-shot  swap L, F and G for the target language's, keep T
 
+At inference one language's adapters and the task's are computed in each layer, F and G at both ends; nothing merges.
+
 L, T, F and G are bottleneck adapters, zero at first. The task's residual is the feed-forward's output h: the paper found that to do
 better than one to the language adapter's (section 4.2). Its encoders are adapted behind the layer norm and learn a language by hidden
 words; here adapters stand before the residual's sum, and decoders learn it by next-token prediction.

@@ -4,10 +4,10 @@
     h_i = MLP([LSTM_forward(p_0 : i) ; LSTM_backward(p_i : m)])      what the model reads for P_i  (equations 5 and 6)
 
 The vectors are not learned freely: a bidirectional LSTM and an MLP of two layers with a ReLU make them from a small
-table, so that they depend on each other. Afterwards only the h_i are kept; the LSTM costs nothing at inference. A few
-words of the template that stay words anchor it: `{v*8}{text}{v*8} Answer:`. (peft.PromptEncoder has this LSTM, and an
-MLP variant of three linear layers without an LSTM, which is not in the paper; where its model puts the vectors is only
-in front.)
+table, so that they depend on each other. Afterwards only the h_i are kept; the LSTM costs nothing at inference, and every
+row is m tokens longer. A few words of the template that stay words anchor it: `{v*8}{text}{v*8} Answer:`.
+(peft.PromptEncoder has this LSTM, and an MLP variant of three linear layers without an LSTM, which is not in the paper;
+where its model puts the vectors is only in front.)
 
 Liu et al. 2021, https://arxiv.org/abs/2103.10385
 

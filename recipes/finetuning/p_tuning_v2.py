@@ -6,7 +6,8 @@
 
 The same place as prefix_tuning's, and what the paper found to matter for understanding: prompts in all layers, a plain
 head, short prompts (under 20) for simple tasks and long ones (about 100) for sequence labelling, and that the
-reparameterisation often does not help (`p_tuning_v2.prefix_projection`).
+reparameterisation often does not help (`p_tuning_v2.prefix_projection`). At inference each token attends to `tokens` more
+keys in every layer; nothing merges.
 
 Liu et al. 2022, https://arxiv.org/abs/2110.07602
 

@@ -75,7 +75,7 @@ class Finetuning:
     limit: PositiveInt = 2**21  # examples that a task counts for at most, K in section 3.5.2; theirs is 2^21
     temperature: PositiveFloat = 1.0  # of the mixing rates; section 3.5.2. 1: by the number of examples
     steps: PositiveInt = 300
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt = 32  # pairs a step
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: as in pretraining, with the rates of t5 and training
     learning_rate: PositiveFloat = 1e-3  # of adamw, falling to 0; T5's own stays there, section 3.1.2
     max_length: PositiveInt = 128  # tokens of a source, and of a target

@@ -210,15 +210,27 @@ def check_resume(
 
 
 def check_checkpointing_and_packing(recipe: Any, line: list[str], run_in_process: Run, folder: Path) -> None:
-    """Gradient checkpointing gives the same adapter; rows that are not packed are learned from too. `line`: FOUR_STEPS."""
-    found = {}
+    """Gradient checkpointing happens and gives the same adapter; rows that are not packed are learned from too. `line`: FOUR_STEPS."""
+    from transformers import modeling_utils
+
+    found, layers, plain_call = {}, 0, modeling_utils.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal layers
+        layers += 1
+        return plain_call(*args, **kwargs)
+
     for name, words in {
         "plain": (),
         "checkpointed": ("--training.gradient_checkpointing", "true"),
         "unpacked": ("--training.packing", "false"),
     }.items():
-        done = run_in_process(recipe, [*line, *words, "--run.name", name], folder)
+        layers = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(modeling_utils, "checkpoint", counted)
+            done = run_in_process(recipe, [*line, *words, "--run.name", name], folder)
         assert done.code == 0, done.err
+        assert (layers > 0) == (name == "checkpointed")
         found[name] = load_file(done.folder / "adapter" / "adapter_model.safetensors"), done.figures
     plain, checkpointed = found["plain"][0], found["checkpointed"][0]
     assert all(plain[name].shape == checkpointed[name].shape for name in plain)

@@ -364,3 +364,27 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert done.code == 2
     assert told in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_unmerging_gives_the_base_back(chat_model: Path, variant: dict[str, bool]) -> None:
+    """To a rounding: the product is added to each weight and taken off again."""
+    base = AutoModelForCausalLM.from_pretrained(chat_model)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    settings: Any = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **variant)  # type: ignore[arg-type]
+    model = with_adapter(base, settings)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = {"input_ids": torch.arange(10, 60).view(2, 25)}
+    model.eval()
+    apart = model(**ids).logits
+    model.merge_adapter()
+    assert torch.allclose(model(**ids).logits, apart, atol=1e-4)
+    merged = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.allclose(merged, before["model.layers.0.self_attn.q_proj.weight"], atol=1e-2)
+    model.unmerge_adapter()
+    assert torch.allclose(model(**ids).logits, apart, atol=1e-4)
+    for name, tensor in model.unload().state_dict().items():
+        assert torch.allclose(tensor, before[name], atol=1e-6), name
