@@ -373,6 +373,7 @@ def test_an_adapter_learns_too(tiny, questions, tmp_path):
         ({"training__use_vllm": "true"}, "vllm is not installed"),
         ({"model__name": "null", "model__config": "{model_type: llama}"}, "model.name"),
         ({"lora__init_lora_weights": "false", "lora__lora_alpha": 64}, "lora.init_lora_weights"),
+        ({"lora__r": 1000, "lora__lora_alpha": 4, "lora__target_modules": "[q_proj]"}, "lora.r: 1000 is above what"),
         ({"lora__init_lora_weights": "pissa"}, "lora.init_lora_weights"),
         ({"lora__target_modules": "[qproj]"}, "lora.target_modules: nothing in LlamaForCausalLM is called qproj"),
     ],

@@ -16,7 +16,14 @@ from tiny_chat import make_model, make_tokenizer, save_tokenizer_and_model
 from recipes.common import hub, models
 from recipes.common.errors import UserError
 from recipes.common.masked_language import add_marks
-from recipes.common.models import ensure_made, extend_vocabulary, fresh_config, load_model, load_tokenizer
+from recipes.common.models import (
+    ensure_made,
+    extend_vocabulary,
+    fresh_config,
+    load_model,
+    load_tokenizer,
+    refuse_quantised,
+)
 from recipes.common.run_folder import RunFolder
 from recipes.common.sections import Model
 
@@ -384,3 +391,11 @@ def test_a_hundred_missing_sentinels_are_not_all_listed() -> None:
     with pytest.raises(UserError, match=r"<extra_id_0>, <extra_id_1>, \.\.\., <extra_id_99>") as refused:
         extend_vocabulary(add_sentinels, make_tokenizer(), Model(name="theirs"), run)
     assert "<extra_id_50>" not in str(refused.value)
+
+
+def test_weights_that_were_saved_in_few_bits_are_refused_where_they_are_to_learn() -> None:
+    config = SimpleNamespace(_name_or_path="four-bits")
+    with pytest.raises(UserError, match="four-bits was saved quantised"):
+        refuse_quantised(SimpleNamespace(config=config, hf_quantizer=SimpleNamespace(pre_quantized=True)))
+    for quantizer in (None, SimpleNamespace(pre_quantized=False)):  # qlora's own
+        refuse_quantised(SimpleNamespace(config=config, hf_quantizer=quantizer))
