@@ -133,9 +133,12 @@ def make_trainer(task: Task, model: Any, args: SFTConfig, run: RunFolder) -> Tra
     from transformers import Trainer
 
     from recipes.common.length_groups import group_by_length
+    from recipes.common.text_to_text import say_cut
 
     args.remove_unused_columns = False  # the collator takes rows of text
     train, held_out = _rows(task, "train", args), _rows(task, "validation", args)
+    if task.type == "SEQ_2_SEQ_LM":
+        say_cut(train, longest_row(task, args), "training.max_length", run)
     trainer = Trainer(
         model, args, train_dataset=train, eval_dataset=held_out, data_collator=lambda rows: collate(task, rows, args)
     )

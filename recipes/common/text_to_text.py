@@ -23,6 +23,8 @@ from recipes.common.generation import plain_choices, stop_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from recipes.common.run_folder import RunFolder
+
 
 class Pair(NamedTuple):
     """Token ids, each side with its end."""
@@ -50,6 +52,13 @@ def encode_pairs_as_told(
     end = tokenizer.eos_token_id
     ended = [[ids if end in ids[-2:] else [*ids[: max_length - 1], end] for ids in side] for side in sides]
     return [Pair(source, target) for source, target in zip(*ended, strict=True)]
+
+
+def say_cut(pairs: Sequence[Pair], max_length: int, key: str, run: RunFolder) -> None:
+    """Say how many pairs have a side that fills max_length, given as `key`: a target that was cut teaches to stop midway."""
+    full = sum(max(map(len, pair)) >= max_length for pair in pairs)
+    if full:
+        run.say(f"  {key}: {full:,} of {len(pairs):,} pairs reach {max_length} tokens; what is longer is cut")
 
 
 def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:

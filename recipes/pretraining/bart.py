@@ -155,10 +155,11 @@ def compare_generation(
 ) -> dict[str, float]:
     """The targets' loss and the written targets' words, from both starts."""
     from recipes.common.downstream import compare_starts, two_starts
-    from recipes.common.text_to_text import batch_of
+    from recipes.common.text_to_text import batch_of, say_cut
 
     settings = config.generation
     rows, test = (encoded(some, tokenizer, marks, settings.max_length) for some in split)
+    say_cut(rows, settings.max_length, "generation.max_length", run)
     score = writing_score(config, run, tokenizer, "generation", test, sides_of(split[1]))
     pretrained, fresh = two_starts(model, config.training.seed)
     return compare_starts(
@@ -211,7 +212,7 @@ def compare_translation(
 
     from recipes.common.downstream import fine_tune, two_starts
     from recipes.common.optimizers import muon_with_adamw
-    from recipes.common.text_to_text import batch_of
+    from recipes.common.text_to_text import batch_of, say_cut
 
     settings, training, bart = config.translation, config.training, config.bart
     optimizer = (
@@ -219,6 +220,7 @@ def compare_translation(
         if bart.translation_optimizer == "muon" else None
     )  # fmt: skip
     rows, test = (encoded(some, tokenizer, marks, settings.max_length, bart.translate_back) for some in split)
+    say_cut(rows, settings.max_length, "translation.max_length", run)
     score = writing_score(config, run, tokenizer, "translation", test, sides_of(split[1], bart.translate_back))
     figures: dict[str, float] = {}
     for prefix, start in zip(("", "baseline_"), two_starts(model, training.seed), strict=True):

@@ -155,7 +155,7 @@ def compare_tasks(
     """Fine-tune both starts on the one mixture, and let them write the answers of held-out rows of each task."""
     from recipes.common.downstream import compare_starts
     from recipes.common.draws import generator
-    from recipes.common.text_to_text import batch_of, bleu, encode_pairs, mixture, write
+    from recipes.common.text_to_text import batch_of, bleu, encode_pairs, mixture, say_cut, write
 
     tuning, training = config.finetuning, config.training
 
@@ -164,6 +164,8 @@ def compare_tasks(
 
     count = tuning.steps * tuning.batch_size
     learned = [encode(train) for train, _ in texts.values()]
+    for name, pairs in zip(texts, learned, strict=True):
+        say_cut(pairs, tuning.max_length, f"finetuning.max_length, {name}", run)
     rows = mixture(learned, count, tuning.limit, tuning.temperature, generator(training.seed, 0))
     starts = iter(("pretrained", "from-scratch"))
 

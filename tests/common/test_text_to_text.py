@@ -21,6 +21,7 @@ from recipes.common.text_to_text import (
     encode_pairs_as_told,
     mixing_rates,
     mixture,
+    say_cut,
     similar_pairs,
     write,
 )
@@ -126,3 +127,12 @@ def test_pairs_are_encoded_as_the_models_own_tokenizer_does() -> None:
     ((source, target),) = encode_pairs_as_told(tokenizer, ["abcdef"], ["ab"], 5)
     assert source[0] == cls and len(source) == 5 and source[-1] == end
     assert target[0] == cls and target[-2:] == [sep, end]
+
+
+def test_pairs_that_fill_the_length_are_told_of() -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(say=said.append)
+    pairs = [Pair([1, 2, 3, 4], [5]), Pair([1], [2, 3, 4, 5]), Pair([1, 2], [3])]
+    say_cut(pairs, 4, "generation.max_length", run)
+    say_cut(pairs, 5, "generation.max_length", run)
+    assert said == ["  generation.max_length: 2 of 3 pairs reach 4 tokens; what is longer is cut"]
