@@ -291,6 +291,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     def cloze_alone(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         return [{name: value for name, value in batch.items() if name != "is_next"} for batch in batches]
 
+    training.dataloader_drop_last = True  # a last batch of one text has no other to be put beside it
     optimizer = muon_with_adamw(model, training, unilm.muon_learning_rate) if unilm.optimizer == "muon" else None
     trainer = Trainer(
         model,
