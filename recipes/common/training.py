@@ -180,6 +180,8 @@ def on_any_process(happened: bool) -> bool:
 class StopSignals:
     """While entered, SIGINT and SIGTERM (and a time limit) ask for a stop at the next step; a second SIGINT stops at once.
 
+    At the last step too: what comes after the training may take longer than it.
+
     The limit counts from when the `run` was started, not from here: a scheduler's does, and a run may have several stages.
     """
 
@@ -389,16 +391,18 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
     check_world_size(trainer.accelerator.num_processes)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    with StopSignals(run, time_limit_minutes) as stop, write_errors_explained(run.checkpoints):
+    done = int(run.resume_from.name.split("-")[-1]) if run.resume_from else 0
+    finished = 0 < args.max_steps <= done
+    # a sitting that takes no step would end at the limit where the one before it did
+    with StopSignals(run, None if finished else time_limit_minutes) as stop, write_errors_explained(run.checkpoints):
         frame = _frame_callback()(trainer, run, stop)
         trainer.add_callback(frame)
         if run.is_main:
             drop_half_written_checkpoints(run.checkpoints)
         wait_for_everyone()
-        done = int(run.resume_from.name.split("-")[-1]) if run.resume_from else 0
         if run.resume_from:
             run.say(f"resuming after step {done}")
-        if run.resume_from and 0 < args.max_steps <= done:
+        if run.resume_from and finished:
             trainer._load_from_checkpoint(str(run.resume_from))  # the training was finished; what came after it was not
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
@@ -407,8 +411,10 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
             stop_at_bad_weights([cast("nn.Module", trainer.model)], trainer.state.global_step, run)
             # what follows has other shapes: evaluation and generation run eagerly
             cast("nn.Module", trainer.model)._compiled_call_impl = None
-        if frame.interrupted:
-            raise Interrupted(f"{stop.reason}: checkpoint after step {trainer.state.global_step}")
+    if frame.interrupted or stop.asked():  # or while the last checkpoint was written
+        kept = last_complete_checkpoint(run.checkpoints)
+        left = f"checkpoint after step {kept.name.split('-')[-1]}" if kept else "no checkpoint was asked for"
+        raise Interrupted(f"{stop.reason}: {left}")
     wait_for_everyone()
 
 
@@ -441,7 +447,7 @@ def _frame_callback() -> type:
             self.tokens_before = state.num_input_tokens_seen
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.stop.asked() and state.global_step < state.max_steps:
+            if self.stop.asked():
                 self.interrupted = True
                 control.should_save = control.should_training_stop = True
             self._look_before_saving(state, control)
@@ -563,12 +569,13 @@ class Loop:
             math.ceil(every * total_steps) if every < 1 else int(every)
             for every in (args.save_steps, args.logging_steps)
         )
-        self.stop = StopSignals(run, time_limit_minutes)
         self.step = 0
         if run.is_main:
             drop_half_written_checkpoints(run.checkpoints)
         accelerator.wait_for_everyone()
         self.resume()
+        # a sitting that takes no step would end at the limit where the one before it did
+        self.stop = StopSignals(run, time_limit_minutes if self.step < total_steps else None)
         flops = run.figures.get("flops_per_token", 0.0)
         self.report = StepReport(run, total_steps, flops, dtype_name(args), first_step=self.step)
 
@@ -584,7 +591,7 @@ class Loop:
             while self.step < self.total_steps:
                 yield self.step
                 self.step += 1
-                stopping = self.stop.asked() and self.step < self.total_steps
+                stopping = self.stop.asked()
                 if stopping or self.step == self.total_steps or self.step % self.save_steps == 0:
                     started = time.perf_counter()
                     self.save()
@@ -592,6 +599,8 @@ class Loop:
                 if stopping:
                     raise Interrupted(f"{self.stop.reason}: checkpoint after step {self.step}")
         self.report.finish()
+        if self.stop.asked():  # while the last checkpoint was written
+            raise Interrupted(f"{self.stop.reason}: checkpoint after step {self.step}")
 
     def log(self, loss: float, tokens: int, **figures: Any) -> None:
         """The step's line. `tokens`: processed in this step by this process."""

@@ -92,6 +92,17 @@ def train(
     return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
 
 
+class Squares(torch.nn.Module):
+    """What a Trainer takes: it gives its loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        return {"loss": self.layer(x).square().mean()}
+
+
 def resumed(run: RunFolder) -> RunFolder:
     """The same folder, opened again with --run.resume true."""
     again = RunFolder(run.path, recipe="demo")
@@ -120,11 +131,57 @@ def test_a_signal_checkpoints_and_the_resumed_loop_ends_as_the_uninterrupted(
     assert [row["step"] for row in run.history()] == list(range(1, 11))
 
 
-def test_a_signal_at_the_last_step_lets_it_finish(arguments: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("while_saving", [False, True])
+def test_a_signal_at_the_last_step_is_told_after_it(
+    arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_saving: bool
+) -> None:
+    """What comes after the training may take longer than it."""
+    expected, _ = train(made(tmp_path / "whole"), arguments())
     run = made(tmp_path / "run")
-    _, losses = train(run, arguments(), at={9: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-    assert len(losses) == 10
+    mark = RunFolder.mark_complete
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="SIGTERM: checkpoint after step 10"):
+        if while_saving:
+            patched.setattr(
+                RunFolder, "mark_complete", lambda *told: (mark(*told), terminate() if "10" in told[1].name else None)
+            )
+        train(run, arguments(), at={} if while_saving else {9: terminate})
     assert (run.checkpoints / "checkpoint-10" / "complete").exists()
+    weights, losses = train(resumed(run), arguments(), time_limit_minutes=1e-9)  # which comes too late
+    assert losses == []
+    torch.testing.assert_close(weights, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("save", ["steps", "no"])
+@pytest.mark.parametrize("moment", ["on_step_end", "on_train_end"])
+def test_a_trainer_tells_of_a_signal_at_the_last_step_after_it(
+    arguments: Any, tmp_path: Path, save: str, moment: str
+) -> None:
+    from transformers import Trainer, TrainerCallback
+
+    class Terminates(TrainerCallback):
+        def terminate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    setattr(Terminates, moment, Terminates.terminate)
+
+    def trainer(run: RunFolder, callbacks: Any = None) -> Any:
+        args = arguments(max_steps=8, save_strategy=save)
+        args.output_dir = str(run.checkpoints)
+        return Trainer(Squares(), args, train_dataset=[{"x": torch.randn(2)} for _ in range(16)], callbacks=callbacks)
+
+    run = made(tmp_path / "run")
+    saved = save == "steps" or moment == "on_step_end"
+    with pytest.raises(Interrupted, match=f"SIGTERM: {'checkpoint after step 8' if saved else 'no checkpoint was'}"):
+        fit(trainer(run, [Terminates()]), run)
+    assert (run.checkpoints / "checkpoint-8" / "complete").exists() == saved
+    if saved:
+        fit(trainer(run), resumed(run), time_limit_minutes=1e-9)  # which comes too late
+        assert [row["step"] for row in run.history()] == list(range(1, 9))
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -297,14 +354,6 @@ def test_a_trainer_saves_and_tries_no_weights_that_are_no_numbers(
 ) -> None:
     from transformers import Trainer, TrainerCallback
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(2, 1)
-
-        def forward(self, x: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
-            return {"loss": self.layer(x).square().mean()}
-
     class Spoils(TrainerCallback):
         """After the loss of step 7, as an update may; and a sampler that looks at what is saved."""
 
@@ -315,7 +364,7 @@ def test_a_trainer_saves_and_tries_no_weights_that_are_no_numbers(
         def on_save(self, *_: Any, **__: Any) -> None:
             assert bool(torch.isfinite(model.layer.weight).all())
 
-    run, model = made(tmp_path / "run"), Model()
+    run, model = made(tmp_path / "run"), Squares()
     rows = [{"x": torch.randn(2)} for _ in range(16)]
     args = arguments(max_steps=8, save_strategy=save)
     args.output_dir = str(run.checkpoints)
