@@ -129,8 +129,17 @@ class RunFolder:
         return self.seconds_before + time.perf_counter() - self.started
 
     def mark_complete(self, checkpoint: Path, speed: dict[str, float]) -> None:
-        """Put into a checkpoint, last, what says that it was written to its end, and what a later sitting cannot measure."""
-        told = {"wall_seconds": round(self.wall_seconds(), 1), "speed": speed}
+        """Put into a checkpoint, last, what says that it was written to its end, and what a later sitting cannot measure.
+
+        By the main process, when all have written theirs.
+        """
+        files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file != checkpoint / COMPLETE]
+        told = {
+            "wall_seconds": round(self.wall_seconds(), 1),
+            "speed": speed,
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "files": {file.relative_to(checkpoint).as_posix(): file.stat().st_size for file in files},
+        }
         write_atomically(checkpoint / COMPLETE, json.dumps(told) + "\n")
 
     def say(self, text: str) -> None:
@@ -322,14 +331,21 @@ def plain(value: Any) -> Any:
 COMPLETE = "complete"  # a file that is put into a checkpoint last: without it the folder is a half-written one
 
 
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Those that were written to their end, by their step."""
+    found = [p for p in checkpoints.glob("checkpoint-*") if (p / COMPLETE).exists() and p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step that was written to its end, or None."""
-    found = [p for p in checkpoints.glob("checkpoint-*") if (p / COMPLETE).exists() and p.name.split("-")[-1].isdigit()]
-    return max(found, key=lambda p: int(p.name.split("-")[-1]), default=None)
+    return next(reversed(complete_checkpoints(checkpoints)), None)
 
 
 def drop_half_written_checkpoints(checkpoints: Path) -> None:
     """Delete what a killed process left of a checkpoint: it would be counted among the ones to keep, in a good one's place."""
-    for folder in checkpoints.glob("checkpoint-*"):
-        if not (folder / COMPLETE).exists():
-            shutil.rmtree(folder)
+    for left in checkpoints.glob("checkpoint-*"):
+        if not left.is_dir():
+            left.unlink()  # in the way of a checkpoint of that name
+        elif not (left / COMPLETE).exists():
+            shutil.rmtree(left)

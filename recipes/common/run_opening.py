@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from recipes.common import run_lock
 from recipes.common.errors import UserError
@@ -30,28 +31,56 @@ def open_folder(
         if run.is_main:
             _prepare(run, fingerprint, resume, overwrite)
         if resume:
-            _take_up(run)
+            take_up(run)
+            _count_stages(run)
     except BaseException:
         run.unlock()
         raise
     return run
 
 
-def _take_up(run: RunFolder) -> None:
-    """Where a resumed run goes on, and what the sittings before it took. Raises UserError where that cannot be read."""
+def take_up(run: RunFolder) -> None:
+    """Where a resumed run, or a stage of one, goes on, and what the sittings before it took.
+
+    Raises UserError where its last checkpoint cannot be gone on from.
+    """
     run.resume_from = last_complete_checkpoint(run.checkpoints)
-    if run.resume_from is None:
-        run.say(f"{run.path} holds no complete checkpoint to go on from: starting afresh")
-    else:
-        try:
-            told = json.loads((run.resume_from / COMPLETE).read_text())
-            run.seconds_before = told["wall_seconds"]
-            run.figures |= told["speed"]  # until this sitting has taken enough steps to measure its own
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{run.resume_from / COMPLETE} is damaged: delete {run.resume_from} to go on from the checkpoint before it"
-            ) from error
+    if run.resume_from is not None:
+        told = _told_of(run.resume_from)
+        run.seconds_before = told["wall_seconds"]
+        run.figures |= told["speed"]  # until this sitting has taken enough steps to measure its own
     run.forget_after(int(run.resume_from.name.split("-")[-1]) if run.resume_from else -1)
+
+
+def _count_stages(run: RunFolder) -> None:
+    """What a run's stages took before (stages.py): their seconds are the whole run's, up to their last checkpoint."""
+    last = [last_complete_checkpoint(folder) for folder in sorted((run.path / "stages").rglob("checkpoints"))]
+    stages = [checkpoint for checkpoint in last if checkpoint is not None]
+    run.seconds_before = max([run.seconds_before, *(_told_of(checkpoint)["wall_seconds"] for checkpoint in stages)])
+    if run.resume_from is None and not stages:
+        run.say(f"{run.path} holds no complete checkpoint to go on from: starting afresh")
+
+
+def _told_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises UserError if it is damaged, or of another number of processes."""
+    way_out = f"delete {checkpoint} to go on from the checkpoint before it"
+    now = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        told = json.loads((checkpoint / COMPLETE).read_text())
+        told = {"processes": now, "files": {}, **told}  # older ones do not say
+        told |= {"wall_seconds": float(told["wall_seconds"]), "speed": dict(told["speed"])}
+        sizes = {checkpoint / name: size for name, size in told["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{checkpoint / COMPLETE} is damaged: {way_out}") from error
+    if damaged := [file for file, size in sizes.items() if not file.is_file() or file.stat().st_size != size]:
+        raise UserError([f"{file} is damaged or missing: {way_out}" for file in damaged])
+    if told["processes"] != now:
+        processes = f"{told['processes']} process{'es' if told['processes'] != 1 else ''}"
+        raise UserError(
+            f"{checkpoint.parent.parent} was run with {processes}, now {now}: batches and their order would be others; launch "
+            "it with as many, or give another --run.name"
+        )
+    return told
 
 
 def _what_decides(config: str) -> list[str]:
@@ -98,7 +127,12 @@ def _prepare(run: RunFolder, fingerprint: str, resume: bool, overwrite: bool) ->
 def _check_same_config(path: Path, written: str, fingerprint: str) -> None:
     """Raise UserError with the first line in which a run's config differs from the one that is to go on with it."""
     before, now = _what_decides(written), _what_decides(fingerprint)
-    if before and before != now:
+    if not before:
+        raise UserError(
+            f"cannot resume {path}: its config.yaml is empty, so nothing says what was run; put it back, or start again with "
+            "--run.overwrite true"
+        )
+    if before != now:
         changed = [
             f"`{new.strip()}` (was `{old.strip()}`)" for old, new in zip(before, now, strict=False) if old != new
         ] or ["its length"]

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.errors import UserError
-from recipes.common.run_folder import RunFolder, last_complete_checkpoint
+from recipes.common.run_folder import RunFolder
+from recipes.common.run_opening import take_up
 from recipes.common.sections import Run
 from recipes.common.sharding import launched_with
 
@@ -82,7 +83,8 @@ def train_stage(
     if not run.dry:
         stage.path.mkdir(parents=True, exist_ok=True)
         stage.started = run.started  # run.time_limit_minutes is the whole run's
-        stage.resume_from = last_complete_checkpoint(stage.checkpoints)
+        take_up(stage)
+        stage.seconds_before = run.seconds_before  # those too
     args, part = copy.copy(training), replace(task, data=rows)
     for key, value in {"output_dir": str(stage.checkpoints), **changes}.items():
         setattr(args, key, value)

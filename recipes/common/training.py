@@ -21,6 +21,7 @@ from recipes.common.errors import Interrupted, UserError
 from recipes.common.launch import check_world_size, nearest
 from recipes.common.run_folder import (
     RunFolder,
+    complete_checkpoints,
     drop_half_written_checkpoints,
     last_complete_checkpoint,
     wait_for_everyone,
@@ -623,7 +624,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if self.run.is_main:
             self.run.mark_complete(folder, self.report.speed())
-            older = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+            older = complete_checkpoints(self.run.checkpoints)
             for stale in older[: -int(self.args.save_total_limit or len(older))]:
                 shutil.rmtree(stale)
         self.accelerator.wait_for_everyone()

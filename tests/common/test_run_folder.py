@@ -21,6 +21,7 @@ from recipes.common.run_folder import (
     COMPLETE,
     RunFolder,
     draw_curve,
+    drop_half_written_checkpoints,
     folder_written_atomically,
     last_complete_checkpoint,
     write_atomically,
@@ -367,6 +368,59 @@ def test_a_damaged_folder_is_not_resumed(tmp_path: Path, file: str, text: str, s
     with pytest.raises(UserError, match=said):
         opened(run.path, resume=True)
     assert not (run.path / ".lock").exists()
+
+
+@pytest.mark.parametrize("stage", ["", "stages/first"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "shards/rank_1.pt"])
+@pytest.mark.parametrize("text", [None, "", "numb", "numbers"])
+def test_a_checkpoint_that_has_lost_something_is_not_gone_on_from(
+    tmp_path: Path, stage: str, file: str, text: str | None
+) -> None:
+    run = opened(tmp_path / "run")
+    made = checkpoint(run.path / stage, 4, complete=False)
+    for name in ("optimizer.pt", "shards/rank_1.pt"):
+        write_atomically(made / name, "numbers")
+    run.mark_complete(made, {})
+    (made / file).unlink() if text is None else (made / file).write_text(text)
+    if text == "numbers":
+        assert opened(run.path, resume=True).resume_from == (None if stage else made)
+        return
+    with pytest.raises(UserError) as caught:
+        opened(run.path, resume=True)
+    way_out = f"delete {made} to go on from the checkpoint before it"
+    assert caught.value.problems == [f"{made / file} is damaged or missing: {way_out}"]
+
+
+def test_a_run_is_resumed_by_as_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened(tmp_path / "run")
+    made = checkpoint(run.path, 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=rf"{run.path} was run with 1 process, now 2: .*launch it with as many, or give"
+    ):
+        opened(run.path, resume=True)
+    run.mark_complete(made, {})
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="was run with 2 processes, now 1"):
+        opened(run.path, resume=True)
+    (made / COMPLETE).write_text('{"wall_seconds": 1.5, "speed": {}}\n')  # as it was before it said with how many
+    assert opened(run.path, resume=True).seconds_before == 1.5
+
+
+def test_an_empty_config_is_not_resumed(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    checkpoint(run.path, 4)
+    (run.path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"its config\.yaml is empty, so nothing says what was run"):
+        opened(run.path, resume=True)
+
+
+def test_a_file_in_a_checkpoint_s_place_is_dropped(tmp_path: Path) -> None:
+    for step, complete in ((4, True), (8, False)):
+        checkpoint(tmp_path, step, complete)
+    (tmp_path / "checkpoints" / "checkpoint-9").write_text("no folder")
+    drop_half_written_checkpoints(tmp_path / "checkpoints")
+    assert [left.name for left in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
 
 
 def test_checkpoints_of_other_names_are_none(tmp_path: Path) -> None:
