@@ -46,10 +46,10 @@ class Downstream:
 Split = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # the training rows used, and the held-out ones
 
 
-def load_rows(settings: Downstream, kind: Any, section: str) -> Split:
+def load_rows(settings: Downstream, kind: Any, section: str, few: bool = False) -> Split:
     """The training rows used and the held-out ones, canonical rows of `kind` ("classification" or "pair").
 
-    section: the config's name of these settings, for errors
+    section: the config's name of these settings, for errors; few: as `load_data` has it, for a dry run
     """
     from recipes.common.data import load_data
     from recipes.common.sections import Data
@@ -61,7 +61,7 @@ def load_rows(settings: Downstream, kind: Any, section: str) -> Split:
         name=settings.data, columns=settings.columns, validation_split=settings.validation_split,
         max_samples=settings.labels if each is None else None, max_validation_samples=settings.eval_rows,
     )  # fmt: skip
-    data = load_data(source, kind)
+    data = load_data(source, kind, few)
     rows, held_out = data["train"].to_list(), data["validation"].to_list()
     return rows if each is None else first_of_each_class(rows, each), held_out
 
@@ -80,9 +80,9 @@ def name_of(source: str) -> str:
     return source.rstrip("/").split("/")[-1].split(".")[0]
 
 
-def load_classes(settings: Downstream, section: str) -> Split:
+def load_classes(settings: Downstream, section: str, few: bool = False) -> Split:
     """`load_rows` of labelled rows. UserError as by `class_names`: before the pretraining, not after it."""
-    rows, held_out = load_rows(settings, "classification", section)
+    rows, held_out = load_rows(settings, "classification", section, few)
     class_names(rows, held_out, f"{section}.labels ({settings.data})")
     return rows, held_out
 

@@ -175,11 +175,13 @@ class Task:
     asked: list[dict[str, Any]]  # held out
 
 
-def load_task(kind: Kind, settings: Downstream, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
-    """Read and encode the rows of a task. Raises UserError for rows that do not fit it."""
+def load_task(
+    kind: Kind, settings: Downstream, tokenizer: PreTrainedTokenizerBase, seed: int, few: bool = False
+) -> Task:
+    """Read and encode the rows of a task (`few`: as `load_data` has it). Raises UserError for rows that do not fit it."""
     name = name_of(settings.data)
     several = kind == "multiple_choice"
-    rows, held_out = load_rows(settings, "pair" if several else "classification", "downstream")
+    rows, held_out = load_rows(settings, "pair" if several else "classification", "downstream", few)
     names = [] if several else class_names(rows, held_out, f"downstream.labels ({settings.data})")
     taught, asked = (encode_rows(kind, part, names, tokenizer, settings.max_length, seed) for part in (rows, held_out))
     return Task(name, kind, settings, len(names), taught, asked)

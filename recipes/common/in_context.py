@@ -92,9 +92,9 @@ def in_context_accuracy(
     return right / len(questions)
 
 
-def load_questions(settings: Downstream) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def load_questions(settings: Downstream, few: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows that examples are drawn from and the held-out questions. Raises UserError for rows that do not fit."""
-    pool, questions = load_rows(settings, "classification", "downstream")
+    pool, questions = load_rows(settings, "classification", "downstream", few)
     class_names(pool, questions, f"downstream.labels ({settings.data})")
     return pool, questions
 

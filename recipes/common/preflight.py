@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,50 @@ if TYPE_CHECKING:
 
 ASSUMED_MFU = 0.35  # for the time estimate of a dry run, before anything ran; the laptop runs reach 0.25 to 0.5
 DRY_ROWS = 2000  # that a dry run looks at
+DRY_TEXT, DRY_HELD_OUT = 500_000, 50_000  # characters of text that a dry run packs, and more where a batch takes more
 TRY_FLOPS = 5e11  # a dry run on a processor tries a micro-batch of no more, two or three times: about ten seconds
 
 
 def enough_rows(rows: Any, args: TrainingArguments, run: RunFolder) -> Any:
     """The rows; a few of them for a dry run whose steps are known, since it need not see all to say how long they take."""
     return rows.take(DRY_ROWS) if run.dry and args.max_steps > 0 else rows
+
+
+def enough_blocks(pack: Callable[[Any], Any], rows: Any, run: RunFolder, args: TrainingArguments | None = None) -> Any:
+    """`pack(rows)`, blocks of rows of {"text"}; a dry run packs no more of the text than it has to see.
+
+    args: the training's, for training text: each process takes a micro-batch of blocks. Held-out text is enough where `pack`
+    does not refuse it. Sets run.share_read, from which `preflight` knows the steps of whole epochs.
+    """
+    stream = not hasattr(rows, "__len__")
+    if not run.dry or (stream and args is not None and args.max_steps <= 0):  # which the Trainer refuses
+        return pack(rows)
+    wanted = 0 if args is None else args.per_device_train_batch_size * args.world_size
+    characters = DRY_HELD_OUT if args is None else DRY_TEXT
+    while (part := first_text(rows, characters)) is not None:
+        characters *= 4
+        try:
+            blocks = pack(part)
+        except UserError:  # said of all of the text, if it is so for all
+            continue
+        if len(blocks) >= wanted:
+            if args is not None and not stream:
+                run.share_read = sum(map(len, part["text"])) / sum(map(len, rows["text"]))
+            return blocks.to_iterable_dataset() if stream and args is not None else blocks
+    return pack(rows)
+
+
+def first_text(rows: Iterable[dict[str, Any]], characters: int) -> Any:
+    """The first rows that hold so many characters, the last of them cut; None where there are no more than that."""
+    from datasets import Dataset
+
+    texts: list[str] = []
+    for row in rows:
+        texts.append(row["text"][:characters])
+        characters -= len(row["text"])
+        if characters < 0:
+            return Dataset.from_dict({"text": texts})
+    return None
 
 
 def count_parameters(model: Any, trainable_only: bool = False) -> int:
@@ -116,10 +155,14 @@ def preflight(
     sequence = ids.shape[-1] if ids is not None else 0
     tokens = micro_tokens * args.gradient_accumulation_steps * args.world_size
     per_token = flops_per_token(model, sequence)
+    guessed = ""
+    if run.share_read < 1 and args.max_steps <= 0:
+        total_steps = math.ceil(total_steps / run.share_read)
+        guessed = f" (from the first {run.share_read:.1%} of the text)"
     run.figures |= {"flops_per_token": per_token, "parameters": parameters, "trainable_parameters": learned}
     run.say(
         f"  model: {parameters:,} parameters, {learned:,} learn ({learned / parameters:.2%}); "
-        f"{total_steps:,} steps of {tokens:,} tokens"
+        f"{total_steps:,} steps of {tokens:,} tokens{guessed}"
     )
     if not run.dry:
         return
@@ -139,6 +182,7 @@ def preflight(
         alone = memory["zero0"] - sum(map(weight_bytes, frozen)) / machine.GIB  # the process holds these already
         size = memory_here(model, args, alone, optimizer, trial)
         how = "a step was tried" if tried else "no step was tried"
+        how += ", and the rest of the text comes to it" if run.share_read < 1 else ""
         here = f"  memory here    {size:.2f} GiB for the whole process ({how})"
     kept_in = str(next(p.dtype for p in model.parameters() if p.requires_grad)).removeprefix("torch.")
     shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
@@ -156,7 +200,7 @@ def preflight(
         *([here] if here else []),
         f"  memory/device  {args.world_size} device(s): " + ", ".join(f"{k} {v:.2f} GiB" for k, v in memory.items()),
         f"                 of which activations {activations / machine.GIB:.2f} GiB for a micro-batch of {micro_tokens:,} tokens",
-        f"  steps          {total_steps:,} x {tokens:,} tokens = {total_steps * tokens:,}",
+        f"  steps          {total_steps:,} x {tokens:,} tokens = {total_steps * tokens:,}{guessed}",
         f"  time           about {duration(seconds)} at {ASSUMED_MFU:.0%} of the measured {peak / 1e12:.2f} TFLOP/s",
     ]
     run.say("\n".join(lines))

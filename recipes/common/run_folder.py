@@ -105,6 +105,7 @@ class RunFolder:
         self.replaced: Path | None = None  # what --run.overwrite put aside, until this run has begun
         self.started = time.perf_counter()  # this sitting of the run
         self.seconds_before = 0.0  # what the sittings before it took, up to the checkpoint that this one goes on from
+        self.share_read = 1.0  # of the training text: a dry run need not read all
         self.figures: dict[str, Any] = {}  # what the training helpers measured: tokens_per_second, mfu, ...
         self._paragraphs: list[str] = []
         self._lock: IO[str] | None = None

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -297,6 +298,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
+    from recipes.common.preflight import enough_blocks
     from recipes.common.text_to_text import Pair, batch_of, flops_per_source_token
 
     bart, training = config.bart, config.training
@@ -311,14 +313,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     model.accepts_loss_kwargs = False
 
     splits = {
-        task: load_classes(config.classification, task)
+        task: load_classes(config.classification, task, run.dry)
         if task == "classification"
-        else load_rows(getattr(config, task), "pair", task)
+        else load_rows(getattr(config, task), "pair", task, run.dry)
         for task in bart.tasks
     }
     data = load_data(config.data, "text")
-    blocks = pack_texts(data["train"], tokenizer, bart.block_length)
-    held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, bart.block_length)]
+    pack = partial(pack_texts, tokenizer=tokenizer, length=bart.block_length)
+    blocks = enough_blocks(pack, data["train"], run, training)
+    held_out = [row["input_ids"] for row in enough_blocks(pack, data["validation"], run)]
 
     def noised(texts: list[list[int]], draws: list[int], seed: int, kinds: tuple[Any, ...]) -> dict[str, Tensor]:
         pairs = []

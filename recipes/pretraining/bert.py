@@ -23,8 +23,8 @@ Laptop result: RESULTS.md#bert.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section
@@ -262,7 +262,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import refuse_special_tokens_alone
-    from recipes.common.preflight import preflight
+    from recipes.common.preflight import enough_blocks, preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
@@ -275,18 +275,23 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     plain = np.array(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))  # what a random token may be
 
     settings = {"classification": config.classification, "pairs": config.pairs}
-    splits = {task: load_classes(settings[task], task) for task in bert.tasks}
+    splits = {task: load_classes(settings[task], task, run.dry) for task in bert.tasks}
     for task, split in splits.items():
         check_texts(task, split)
     data = load_data(config.data, "text")
-    blocks, held_out = (
-        blocks_of(join_documents(data[side], bert.joined, training.seed), tokenizer, bert.row_length - 3, side)
-        for side in ("train", "validation")
-    )
+    documents: dict[str, int] = {}
+
+    def cut(side: str, rows: Dataset) -> Dataset:
+        joined = join_documents(rows, bert.joined, training.seed)
+        documents[side] = len(joined)
+        return blocks_of(joined, tokenizer, bert.row_length - 3, side)
+
+    blocks = enough_blocks(partial(cut, "train"), data["train"], run, training)
+    held_out = enough_blocks(partial(cut, "validation"), data["validation"], run)
     refuse_special_tokens_alone(blocks, tokenizer)
     if bert.whole_words and all(len(set(row["words"])) == 1 for row in blocks.take(min(32, len(blocks)))):
         raise UserError("bert.whole_words: this tokenizer does not cut a text into words first: all of it is one word")
-    left_out = 1 - len(set(blocks["document"])) / math.ceil(len(data["train"]) / bert.joined)
+    left_out = 1 - len(set(blocks["document"])) / documents["train"]
     if left_out > 0.05:
         run.say(
             f"  data: {left_out:.0%} of the documents are shorter than {bert.row_length - 3} tokens, so no row is cut from them: "

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -262,6 +263,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.optimizers import muon_with_adamw
     from recipes.common.packing import pack_texts
+    from recipes.common.preflight import enough_blocks
 
     glm, training = config.glm, config.training
     tokenizer = load_tokenizer(config.model, run)
@@ -269,11 +271,12 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     model: Any = load_model(config.model, tokenizer, run)
     check(config, model, tokenizer)
 
-    labelled = load_classes(config.classification, "classification")
-    pairs = load_rows(config.generation, "pair", "generation")
+    labelled = load_classes(config.classification, "classification", run.dry)
+    pairs = load_rows(config.generation, "pair", "generation", run.dry)
     data = load_data(config.data, "text")
-    blocks = pack_texts(data["train"], tokenizer, glm.block_length)
-    held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, glm.block_length)]
+    pack = partial(pack_texts, tokenizer=tokenizer, length=glm.block_length)
+    blocks = enough_blocks(pack, data["train"], run, training)
+    held_out = [row["input_ids"] for row in enough_blocks(pack, data["validation"], run)]
     label_tokens(class_names(*labelled), tokenizer)  # refuses classes that no token can stand for
     corrupt = Corrupter(marks, sentence_marks(tokenizer), glm.mix, glm.mask_rate, glm.mean_span, glm.shortest_document)
 

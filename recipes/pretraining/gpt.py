@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section
@@ -165,7 +166,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.in_context import ask_in_context, check_room, load_questions
     from recipes.common.optimizers import check_muon, muon_with_adamw, slow_queries
     from recipes.common.packing import check_lengths, pack_texts, stacked
-    from recipes.common.preflight import preflight
+    from recipes.common.preflight import enough_blocks, preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
@@ -181,15 +182,18 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     fuse_next_token_loss(model)
 
     data = load_data(config.data, "text")
-    blocks = pack_texts(data["train"], tokenizer, gpt.block_length)
-    texts = [row["text"] for row in data["validation"]]
-    held_out, tokens_per_character = held_out_blocks(texts, tokenizer, gpt.block_length)
+    pack = partial(pack_texts, tokenizer=tokenizer, length=gpt.block_length)
+    blocks = enough_blocks(pack, data["train"], run, training)
+    held_out, tokens_per_character = enough_blocks(
+        lambda rows: held_out_blocks([row["text"] for row in rows], tokenizer, gpt.block_length),
+        data["validation"], run,
+    )  # fmt: skip
 
     def settings(source: str) -> Downstream:
         return dataclasses.replace(config.downstream, data=source)
 
-    tasks = [load_task(kind, settings(source), tokenizer, training.seed) for source, kind in gpt.tasks.items()]
-    questions = load_questions(settings(gpt.in_context)) if gpt.in_context else None
+    tasks = [load_task(kind, settings(source), tokenizer, training.seed, run.dry) for source, kind in gpt.tasks.items()]
+    questions = load_questions(settings(gpt.in_context), run.dry) if gpt.in_context else None
     if questions is not None:
         check_room(tokenizer, questions[0], max(gpt.shots), gpt.block_length)
 

@@ -27,6 +27,7 @@ import lzma
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -154,7 +155,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.models import load_model, load_tokenizer
     from recipes.common.optimizers import check_muon, muon_with_adamw
     from recipes.common.packing import check_lengths, pack_texts, stacked
-    from recipes.common.preflight import preflight
+    from recipes.common.preflight import enough_blocks, preflight
     from recipes.common.sharding import whole_model
     from recipes.common.training import fit, total_steps
 
@@ -171,7 +172,8 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     fuse_next_token_loss(model)
 
     data = load_data(config.data, "text")
-    blocks = pack_texts(data["train"], tokenizer, llama.block_length, mask_documents=llama.mask_documents)
+    pack = partial(pack_texts, tokenizer=tokenizer, length=llama.block_length, mask_documents=llama.mask_documents)
+    blocks = enough_blocks(pack, data["train"], run, training)
     held_out = [row["text"] for row in data["validation"]]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ Laptop result: RESULTS.md#t5.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.config import Section
@@ -110,8 +111,8 @@ Texts = list[tuple[str, str]]  # source and target
 TASKS = ("translation", "classification", "similarity", "summary")  # sections of the config
 
 
-def task_texts(name: str, task: Task, eval_rows: int) -> tuple[Texts, Texts]:
-    """A task's training and held-out rows as text to text, each source with its prefix."""
+def task_texts(name: str, task: Task, eval_rows: int, few: bool = False) -> tuple[Texts, Texts]:
+    """A task's training and held-out rows as text to text, each source with its prefix (`few`: as `load_data` has it)."""
     from recipes.common.data import load_data
     from recipes.common.draws import generator
     from recipes.common.text_to_text import as_text, similar_pairs
@@ -121,7 +122,9 @@ def task_texts(name: str, task: Task, eval_rows: int) -> tuple[Texts, Texts]:
         max_samples=task.rows, max_validation_samples=eval_rows,
     )  # fmt: skip
     numbers = name == "similarity" and task.data != "pydocs_summary"  # rows with a score from 0 to 5 as their label
-    loaded = load_data(source, "scored_pair" if numbers else "classification" if name == "classification" else "pair")
+    loaded = load_data(
+        source, "scored_pair" if numbers else "classification" if name == "classification" else "pair", few
+    )
 
     def texts(rows: list[dict[str, Any]], seed: int) -> Texts:
         if name == "classification":
@@ -266,6 +269,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     from recipes.common.draws import generator, numbered, pretrain_and_score
     from recipes.common.models import extend_vocabulary, load_model, load_tokenizer
     from recipes.common.packing import pack_texts
+    from recipes.common.preflight import enough_blocks
     from recipes.common.span_corruption import add_sentinels, corrupt, longest_text, noise_mask
     from recipes.common.text_to_text import flops_per_source_token
 
@@ -282,11 +286,16 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     model.accepts_loss_kwargs = False
 
     sections = {name: getattr(config, name) for name in TASKS}
-    texts = {name: task_texts(name, task, config.finetuning.eval_rows) for name, task in sections.items() if task.rows}
+    texts = {
+        name: task_texts(name, task, config.finetuning.eval_rows, run.dry)
+        for name, task in sections.items()
+        if task.rows
+    }
     text_length = longest_text(t5.input_length, t5.corruption_rate, t5.mean_span)
     data = load_data(config.data, "text")
-    blocks = pack_texts(data["train"], tokenizer, text_length)
-    held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, text_length)]
+    pack = partial(pack_texts, tokenizer=tokenizer, length=text_length)
+    blocks = enough_blocks(pack, data["train"], run, training)
+    held_out = [row["input_ids"] for row in enough_blocks(pack, data["validation"], run)]
 
     def spans_cut(texts: list[list[int]], draws: list[int], seed: int) -> dict[str, Tensor]:
         """input_ids: (batch, inputs), labels: (batch, targets); all texts have one length, so there is no padding."""

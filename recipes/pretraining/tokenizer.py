@@ -37,8 +37,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from recipes.common.builtin import BUILTINS
 from recipes.common.chat import (
     END_TOKEN,
     PAD_TOKEN,
@@ -113,6 +115,7 @@ BPE_WORDS = (
 UNIGRAM_WORDS = rf"\p{{N}}| ?[^\s\p{{N}}]+(?:{LINE_END})?|\s*{LINE_END}|\s+(?!\S)|\s+"
 # A Unigram model finds any piece of its vocabulary in the text, control tokens and <0x41> as well: cut those open.
 CONTROL_TEXT = r"<(?=\|(?:pad|end|unk|system|user|assistant|tool)\|>|0x[0-9A-F]{2}>)"
+DRY_BYTES = 1_000_000  # of a stream that a dry run reads
 HELD_OUT_BYTES = 5_000_000  # enough for two digits of every figure
 LONGEST_TOKEN = 16  # bytes, as SentencePiece's 16 characters: words and indentation, not lines that are often repeated
 
@@ -284,10 +287,7 @@ def smaller_bpe(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> Pre
 def train(kind: Kind, texts: Sequence[str], settings: Tokenizer) -> PreTrainedTokenizerFast:
     """Train one kind on the texts. Raises UserError if the vocabulary is too large or too small for them."""
     size = settings.vocabulary_size
-    if kind == "unigram":
-        texts = take(texts, settings.unigram_max_bytes)
-    if kind != "bpe":
-        texts = without_rare_characters(texts, settings.character_coverage)
+    texts = text_for(kind, texts, settings)
     if kind == "sentencepiece":
         try:
             model = train_sentencepiece(texts, size, settings.sentencepiece)
@@ -298,8 +298,7 @@ def train(kind: Kind, texts: Sequence[str], settings: Tokenizer) -> PreTrainedTo
             raise UserError(_misfit(kind, size, int(found[1]))) from error
         backend = sentencepiece_to_fast(model, settings.sentencepiece)
     elif kind == "unigram":
-        alphabet = set().union(*map(set, texts))
-        if (least := len(alphabet) + len(special_tokens(unk=True))) > size:
+        if (least := least_size(kind, texts)) > size:
             raise UserError(_misfit(kind, size, least))
         backend = train_unigram(texts, size)
     else:
@@ -307,6 +306,36 @@ def train(kind: Kind, texts: Sequence[str], settings: Tokenizer) -> PreTrainedTo
     if (got := backend.get_vocab_size()) != size:
         raise UserError(_misfit(kind, size, got))
     return with_chat(backend)
+
+
+def text_for(kind: Kind, texts: Sequence[str], settings: Tokenizer) -> Sequence[str]:
+    """What of the text a kind is trained on."""
+    if kind == "unigram":
+        texts = take(texts, settings.unigram_max_bytes)
+    return texts if kind == "bpe" else without_rare_characters(texts, settings.character_coverage)
+
+
+def least_size(kind: Kind, texts: Sequence[str]) -> int:
+    """Tokens that a kind has before it learns any piece of this text: the special ones, and its bytes or characters."""
+    marks, alphabet = len(special_tokens(unk=kind != "bpe")), set().union(*map(set, texts))
+    if kind == "bpe":
+        return marks + 256
+    if kind == "wordpiece":  # and those that stand within a word, marked ##, which pairs of neighbours tell
+        pairs: set[tuple[str, str]] = set().union(*(pairwise(text) for text in texts))
+        return train_wordpiece([*alphabet, " ".join(map("".join, pairs))], 1).get_vocab_size()
+    if kind == "sentencepiece":
+        return marks + 256 + len({SPACE if character == " " else character for character in alphabet} - {"\n", "\0"})
+    return marks + len(alphabet)
+
+
+def check_sizes(texts: Sequence[str], settings: Tokenizer) -> None:
+    """Raise UserError, before any kind is trained, for those whose characters alone are more than the vocabulary."""
+    size, alphabet = settings.vocabulary_size, set().union(*map(set, texts))
+    if size >= 256 + len(special_tokens(unk=True)) + 2 * len(alphabet):
+        return  # enough for all, without a closer look
+    least = {kind: least_size(kind, text_for(kind, texts, settings)) for kind in dict.fromkeys(settings.kinds)}
+    if problems := [_misfit(kind, size, needed) for kind, needed in least.items() if needed > size]:
+        raise UserError(problems)
 
 
 def _misfit(kind: str, asked: int, possible: int) -> str:
@@ -364,19 +393,25 @@ def take(texts: Iterable[str], max_bytes: int) -> list[str]:
     return taken
 
 
-def training_text(data: Data, settings: Tokenizer) -> tuple[list[str], list[str]]:
-    """(texts to train on, held-out texts of `data`). Raises UserError if either is empty."""
+def training_text(data: Data, settings: Tokenizer, dry: bool = False) -> tuple[list[str], list[str]]:
+    """(texts to train on, held-out texts of `data`). Raises UserError if either is empty.
+
+    A dry run makes no builtin conversations, in which nothing can be wrong, and reads little of a stream.
+    """
     from recipes.common.data import load_data
 
     def shuffled(rows: Any) -> Any:  # a sample of all of it, not its first files; a stream comes as it comes
         return rows if data.streaming else rows.shuffle(seed=data.seed)
 
     splits = load_data(data, "text")
-    texts = take((row["text"] for row in shuffled(splits["train"])), settings.max_bytes)
-    held_out = take((row["text"] for row in splits["validation"]), HELD_OUT_BYTES)
+    most = min(DRY_BYTES if dry and data.streaming else settings.max_bytes, settings.max_bytes)
+    texts = take((row["text"] for row in shuffled(splits["train"])), most)
+    held_out = take((row["text"] for row in splits["validation"]), min(most, HELD_OUT_BYTES))
     if not texts or not held_out:
         raise UserError(f"data.name: {data.name} has no text to {'train on' if not texts else 'measure on'}")
     for name in settings.conversations:
+        if dry and name in made_later(settings):
+            continue
         source = replace(data, name=name, subset=None, split="train", validation_split=None, columns=None)
         try:
             rows = shuffled(load_data(source, "conversation")["train"])
@@ -385,6 +420,11 @@ def training_text(data: Data, settings: Tokenizer) -> tuple[list[str], list[str]
         texts += take((message["content"] for row in rows for message in row["messages"]), settings.max_bytes // 10)
     random.Random(data.seed).shuffle(texts)  # so that the first ones are a sample of all
     return texts, held_out
+
+
+def made_later(settings: Tokenizer) -> list[str]:
+    """The builtin sets among the conversations."""
+    return [name for name in settings.conversations if name in BUILTINS and BUILTINS[name].kind == "conversation"]
 
 
 # --- the recipe ------------------------------------------------------------------------------------------------------
@@ -404,7 +444,7 @@ def check(settings: Tokenizer) -> None:
     if settings.vocabulary_size <= least and {"bpe", "sentencepiece"} & set(settings.kinds):
         problems.append(
             f"tokenizer.vocabulary_size: {settings.vocabulary_size} leaves no room for merges: the 256 bytes and the "
-            f"special tokens take {least}; use 512 or more"
+            f"special tokens take {least}; ask for more than that, as many as the text gives"
         )
     if problems:
         raise UserError(problems)
@@ -414,9 +454,15 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     """Text, train each kind, measure it on held-out text, save, show."""
     settings = config.tokenizer
     check(settings)
-    texts, held_out = training_text(config.data, settings)
+    texts, held_out = training_text(config.data, settings, run.dry)
     run.say(f"  text: {byte_count(texts) / 1e6:.1f} MB to train on, {byte_count(held_out) / 1e6:.2f} MB held out")
+    check_sizes(texts, settings)
     if run.dry:
+        if later := made_later(settings):
+            each = "each" if len(later) > 1 else "to it"
+            run.say(f"  {' and '.join(later)} add at most {settings.max_bytes / 1e7:.1f} MB {each}")
+        if config.data.streaming:
+            run.say(f"  the text is a stream: a dry run reads {DRY_BYTES / 1e6:.0f} MB of it at most")
         kinds = ", ".join(settings.kinds)
         run.say(
             f"  would train {kinds}, {settings.vocabulary_size:,} tokens each, and save {settings.save} as the model's"

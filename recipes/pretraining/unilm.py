@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.common.chat import encode_plain
@@ -256,6 +257,7 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
         pretraining_sample,
         train_on_cloze,
     )
+    from recipes.common.preflight import enough_blocks
 
     unilm, training = config.unilm, config.training
     tokenizer = load_tokenizer(config.model, run)
@@ -264,11 +266,12 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     check(config, model)
     train_on_cloze(model)
 
-    labelled = load_classes(config.classification, "classification")
-    pairs = load_rows(config.generation, "pair", "generation")
+    labelled = load_classes(config.classification, "classification", run.dry)
+    pairs = load_rows(config.generation, "pair", "generation", run.dry)
     data = load_data(config.data, "text")
-    blocks = pack_texts(data["train"], tokenizer, unilm.block_length)
-    held_out = [row["input_ids"] for row in pack_texts(data["validation"], tokenizer, unilm.block_length)]
+    pack = partial(pack_texts, tokenizer=tokenizer, length=unilm.block_length)
+    blocks = enough_blocks(pack, data["train"], run, training)
+    held_out = [row["input_ids"] for row in enough_blocks(pack, data["validation"], run)]
 
     def corrupt(texts: list[list[int]], draws: list[int], seed: int, kind: int | None = None) -> dict[str, Tensor]:
         # the wrong next segments come from half a batch away: in a stream the next block is mostly of the same text

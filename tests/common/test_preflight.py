@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_chat import command_line, make_model, make_tokenizer
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.common import memory_estimate as estimate
+from recipes.common.errors import UserError
 from recipes.common.machine import GIB
 from recipes.common.optimizers import muon_with_adamw
-from recipes.common.preflight import count_parameters
+from recipes.common.preflight import count_parameters, enough_blocks
+from recipes.common.run_folder import RunFolder
 from tests.conftest import ROOT
 
 IDS = torch.randint(0, 260, (4, 128), generator=torch.Generator().manual_seed(0))
@@ -211,6 +214,39 @@ def test_weights_that_nobody_read_yet_are_counted(tmp_path: Path) -> None:
     after = estimate.unread_bytes(model)
     assert after <= before and after < 0.2 * size
     assert estimate.unread_bytes(torch.nn.Linear(100, 100, device="meta")) == 4 * 10_100 + after
+
+
+# ------------------------------------------------------------------------------------------------------ how much is read
+
+
+def read_of(rows: Any, least: int = 0, batch: int = 1, max_steps: int = 5, dry: bool = True) -> tuple[list[int], float]:
+    """Characters of each try to pack the rows into blocks of 1,000, and the share that was read in the end."""
+    tries: list[int] = []
+
+    def pack(some: Any) -> Any:
+        tries.append(sum(len(row["text"]) for row in some))
+        if tries[-1] < least:
+            raise UserError("too short")
+        return Dataset.from_dict({"input_ids": list(range(tries[-1] // 1000))})
+
+    run = RunFolder(Path("nowhere"), recipe="x", dry=dry)
+    args = settings(max_steps=max_steps, per_device_train_batch_size=batch)
+    blocks = enough_blocks(pack, rows, run, args)
+    assert hasattr(blocks, "__len__") == hasattr(rows, "__len__")
+    return tries, run.share_read
+
+
+def test_a_dry_run_packs_the_first_characters_and_more_only_where_a_batch_takes_more() -> None:
+    rows = Dataset.from_dict({"text": ["x" * 300_000] * 10})
+    assert read_of(rows, dry=False) == ([3_000_000], 1.0)
+    assert read_of(rows) == ([500_000], pytest.approx(1 / 6))
+    assert read_of(Dataset.from_dict({"text": ["x" * 3_000_000]})) == ([500_000], pytest.approx(1 / 6))  # one text file
+    assert read_of(rows.to_iterable_dataset())[0] == [500_000]
+    assert read_of(rows, batch=600) == ([500_000, 2_000_000], pytest.approx(2 / 3))
+    assert read_of(rows, batch=2500) == ([500_000, 2_000_000, 3_000_000], 1.0)
+    assert read_of(rows, least=600_000)[0] == [500_000, 2_000_000]
+    with pytest.raises(UserError):
+        read_of(rows, least=4_000_000)
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole

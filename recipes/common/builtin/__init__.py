@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from recipes.common.builtin import packages, pydocs, pydocs_qa, python_tokens, tasks
@@ -22,6 +23,7 @@ class Builtin:
     kind: str  # text | conversation | preference | prompt | classification | pair | labelling
     load: Callable[[str, int], list[dict[str, Any]]]
     description: str
+    load_few: Callable[[str, int], list[dict[str, Any]]] | None = None  # fewer rows of each class, where all take long
 
 
 BUILTINS: dict[str, Builtin] = {
@@ -38,11 +40,22 @@ BUILTINS: dict[str, Builtin] = {
     ),
     "tasks_translation": Builtin("pair", tasks.load_translation, "the questions of tasks, English to Chinese"),
     "pydocs_package": Builtin(
-        "classification", packages.load_package, "a docstring and which of 8 packages it is from"
+        "classification",
+        packages.load_package,
+        "a docstring and which of 8 packages it is from",
+        partial(packages.load_package, most=packages.FEW_OF_A_PACKAGE),
     ),
-    "pydocs_match": Builtin("classification", packages.load_match, "whether a docstring describes a function's code"),
+    "pydocs_match": Builtin(
+        "classification",
+        packages.load_match,
+        "whether a docstring describes a function's code",
+        partial(packages.load_match, most=packages.FEW_OF_A_PACKAGE),
+    ),
     "pydocs_summary": Builtin(
-        "pair", packages.load_summary, "a function's code and the first sentence of its docstring"
+        "pair",
+        packages.load_summary,
+        "a function's code and the first sentence of its docstring",
+        partial(packages.load_summary, most=packages.FEW_OF_A_PACKAGE),
     ),
     "python_tokens": Builtin(
         "labelling",

@@ -34,6 +34,7 @@ OWN_NAMES = re.compile(
 )
 HELD_OUT = 12  # percent of the files in validation, and as many in test
 MOST_OF_A_FILE, MOST_OF_A_PACKAGE = 12, 700  # functions
+FEW_OF_A_PACKAGE = 80  # functions; a dry run has all of the classes in a tenth of the time
 SHORTEST_CODE, LONGEST_CODE, LONGEST_DOCSTRING = 60, 600, 300  # characters
 LEFT_OUT = re.compile(r"test|_generated|_vendor|externals|__pycache__")
 
@@ -48,17 +49,17 @@ class Described(NamedTuple):
     docstring: str  # its first paragraphs of plain prose
 
 
-def load_package(split: str, seed: int) -> list[Row]:
+def load_package(split: str, seed: int, most: int = MOST_OF_A_PACKAGE) -> list[Row]:
     """Rows {"text": docstring, "text_pair": None, "label": package}, in an order given by the seed."""
     rows = []
-    for thing in shuffled(split, seed):
+    for thing in shuffled(split, seed, most):
         rows.append({"text": OWN_NAMES.sub("_", thing.docstring), "text_pair": None, "label": thing.package})
     return rows
 
 
-def load_match(split: str, seed: int) -> list[Row]:
+def load_match(split: str, seed: int, most: int = MOST_OF_A_PACKAGE) -> list[Row]:
     """Rows {"text": code, "text_pair": summary, "label": "yes" | "no"}, in equal parts; "no" is a summary from the same package."""
-    things = shuffled(split, seed)
+    things = shuffled(split, seed, most)
     rng = random.Random(f"pydocs_match {split} {seed}")
     by_package: dict[str, list[str]] = {}
     for thing in things:
@@ -72,21 +73,21 @@ def load_match(split: str, seed: int) -> list[Row]:
     return rows
 
 
-def load_summary(split: str, seed: int) -> list[Row]:
+def load_summary(split: str, seed: int, most: int = MOST_OF_A_PACKAGE) -> list[Row]:
     """Rows {"source": code, "target": the first sentence of its docstring}, in an order given by the seed."""
-    return [{"source": thing.code, "target": thing.summary} for thing in shuffled(split, seed)]
+    return [{"source": thing.code, "target": thing.summary} for thing in shuffled(split, seed, most)]
 
 
-def shuffled(split: str, seed: int) -> list[Described]:
+def shuffled(split: str, seed: int, most: int = MOST_OF_A_PACKAGE) -> list[Described]:
     check_split(split)
-    things = [thing for thing in described() if split_of(f"{thing.package}/{thing.path}", HELD_OUT) == split]
+    things = [thing for thing in described(most) if split_of(f"{thing.package}/{thing.path}", HELD_OUT) == split]
     random.Random(f"packages {split} {seed}").shuffle(things)
     return things
 
 
 @lru_cache(maxsize=1)
-def described() -> tuple[Described, ...]:
-    """All functions, no summary and no code twice. Raises UserError where a package is not installed."""
+def described(most: int = MOST_OF_A_PACKAGE) -> tuple[Described, ...]:
+    """All functions, at most so many of a package, no summary and no code twice. Raises UserError where a package is not installed."""
     found: dict[str, Described] = {}
     codes: set[str] = set()
     for package in PACKAGES:
@@ -96,7 +97,7 @@ def described() -> tuple[Described, ...]:
                 found[thing.summary] = thing
                 codes.add(thing.code)
                 kept += 1
-                if kept == MOST_OF_A_PACKAGE:
+                if kept == most:
                     break
     return tuple(found.values())
 

@@ -36,7 +36,7 @@ __all__ = ["Part", "Source", "cut_document", "held_out", "load_data", "row_bytes
 STREAMED = ("text", "conversation")  # the kinds of which a recipe can learn one row at a time
 
 
-def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+def load_data(data: Data, kind: Kind, few: bool = False) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load what the `data` section names, as canonical rows of `kind`.
 
     Returns a DatasetDict with "train" and "validation", and "test" where the source has one that is not held out already;
@@ -61,6 +61,8 @@ def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.Iterabl
     A list in data.name is each of them, one after the other, each with its own held-out rows, then shuffled together
     by data.seed, so that data.max_samples takes from all of them (a stream is not shuffled).
 
+    `few`: a builtin set that takes long may give fewer rows of each class, enough for a dry run.
+
     Rows are held in memory as Arrow, above 512 MB in an unnamed file that is memory-mapped. Raises UserError with
     everything that is wrong (up to 10 different problems, the rest counted).
     """
@@ -82,7 +84,7 @@ def load_data(data: Data, kind: Kind) -> datasets.DatasetDict | datasets.Iterabl
         raise UserError(problems)
     if kind in ("image", "image_caption"):
         return load_images(names, data, kind)
-    sources = each(names, lambda name: open_source(name, data, kind))
+    sources = each(names, lambda name: open_source(name, data, kind, few))
     streams = [source.streams for source in sources]
     if data.streaming and all(streams):
         return load_streams(sources, data, kind)

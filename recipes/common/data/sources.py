@@ -75,7 +75,7 @@ class Source:
     streams: bool = False  # can be read piece by piece
 
 
-def open_source(name: str, data: Data, kind: Kind) -> Source:
+def open_source(name: str, data: Data, kind: Kind, few: bool = False) -> Source:
     from recipes.common.builtin import BUILTINS
 
     if name in BUILTINS:
@@ -86,10 +86,11 @@ def open_source(name: str, data: Data, kind: Kind) -> Source:
             raise UserError(
                 f"data.columns: builtin set {name!r} needs no map, its columns are ours already; leave it out"
             )
+        load = (builtin.load_few if few else None) or builtin.load
         source = Source(
             name,
             ("train", "validation", "test"),
-            lambda split: [Part(f"{name} ({split})", partial(numbered_rows, partial(builtin.load, split, data.seed)))],
+            lambda split: [Part(f"{name} ({split})", partial(numbered_rows, partial(load, split, data.seed)))],
             native=builtin.kind,
         )
     elif (path := existing_path(name)) is not None:
