@@ -156,6 +156,36 @@ def load_tokenizer(model: Model, run: RunFolder, *, chat: bool = False, writes: 
     return tokenizer
 
 
+def wrong_fields(kind: Any, fields: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with single fields of `model.config`, by dotted key; nothing where transformers does not know the model_type (yet)."""
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return {}
+    config_class = CONFIG_MAPPING[kind]
+    known = _fields_of(config_class)
+    problems = {}
+    for key, value in fields.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1)
+            problems[f"model.config.{key}"] = f"model.config.{key} is not a field of {config_class.__name__}" + (
+                f"; did you mean `{near[0]}`?" if near else ""
+            )
+        elif (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and key.endswith(SIZES)
+            and not key.endswith("_id")
+            and value <= 0
+        ):
+            problems[f"model.config.{key}"] = f"model.config.{key} is {value}: it must be above 0"
+    return problems
+
+
+def _fields_of(config_class: Any) -> set[str]:
+    return set(config_class().to_dict()) | {"rope_theta"}
+
+
 def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
     """A library config from `model.config`: model_type and that class's fields, each checked. The tokenizer gives vocab_size."""
     from huggingface_hub.errors import StrictDataclassError
@@ -171,25 +201,9 @@ def fresh_config(fields: dict[str, Any], vocabulary: int | None) -> Any:
             f"model.config.model_type: transformers has no `{kind}`" + (f"; did you mean `{near[0]}`?" if near else "")
         )
     config_class = CONFIG_MAPPING[kind]
-    known = set(config_class().to_dict()) | {"rope_theta"}
-    problems = []
-    for key, value in fields.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            problems.append(
-                f"model.config.{key} is not a field of {config_class.__name__}"
-                + (f"; did you mean `{near[0]}`?" if near else "")
-            )
-        elif (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and key.endswith(SIZES)
-            and not key.endswith("_id")
-            and value <= 0
-        ):
-            problems.append(f"model.config.{key} is {value}: it must be above 0")
-    if problems:
-        raise UserError(problems)
+    known = _fields_of(config_class)
+    if problems := wrong_fields(kind, fields):
+        raise UserError(list(problems.values()))
     if vocabulary is not None:
         fields.setdefault("vocab_size", vocabulary)
         for name in known & {"bos_token_id", "eos_token_id", "pad_token_id"}:

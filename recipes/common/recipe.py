@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,7 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
         argv,
         config_folder=config_folder if config_folder.exists() else None,
         library_defaults=library_defaults,
+        wrong_inside=_wrong_in_model_config,
     )
     if loaded.help is not None:
         shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
@@ -200,6 +201,16 @@ def _run(main: Callable[..., dict[str, Any]], config_class: type, argv: list[str
         raise
     finally:
         run.unlock()
+
+
+def _wrong_in_model_config(given: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with the fields of model.config; only transformers knows, which every run of such a config imports anyway."""
+    fields = given.get("model", {}).get("config")
+    if not fields:
+        return {}
+    from recipes.common.models import wrong_fields
+
+    return wrong_fields(fields.get("model_type"), {key: value for key, value in fields.items() if key != "model_type"})
 
 
 def saved_config(loaded: Loaded) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,6 +291,29 @@ def test_all_mistakes_are_said_at_once() -> None:
     for what in [*wanted, "run.seed", "`gpu` stands alone"]:
         assert any(what in p for p in found), f"{what} is not said in {found}"
     assert len(found) == 9
+
+
+def test_mistakes_in_model_config_are_said_with_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model_type that transformers knows; another is refused later, by what makes the model."""
+    from recipes.common.recipe import run_recipe
+    from recipes.pretraining import bert
+
+    text = "model:\n  config:\n    model_type: {}\n    hiden_size: 32\n    num_hidden_layers: 0\ntraining:\n  max_step: 3\n"
+    line = ["--config", "mine.yaml", "--model.config.num_heads", "2"]
+    for kind, count in (("bert", 4), ("bertt", 1)):
+        Path("mine.yaml").write_text(text.format(kind))
+        assert run_recipe(bert.main, bert.Config, line) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == count and any("max_step" in problem and "mine.yaml:7" in problem for problem in said)
+        for wanted in (
+            "hiden_size is not a field of BertConfig; did you mean `hidden_size`? (mine.yaml:4)",
+            "model.config.num_hidden_layers is 0: it must be above 0 (mine.yaml:5)",
+            "(--model.config.num_heads)",
+        ):
+            assert any(wanted in problem for problem in said) == (kind == "bert"), said
+    line = ["--model.config", "{model_type: bert, hiden_size: 32}", "--print-config"]
+    assert run_recipe(bert.main, bert.Config, line) == 2
+    assert "did you mean `hidden_size`? (--model.config.hiden_size)" in capsys.readouterr().err
 
 
 def test_problems_of_library_defaults_are_added() -> None:

@@ -406,11 +406,23 @@ def test_dry_run_writes_nothing(corpus, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_vocabulary_too_small_for_the_characters_is_said_before_any_kind_is_trained(texts, monkeypatch):
+    """With the number that each kind's own training would end at; a vocabulary of that many is not refused."""
+    least = {kind: recipe.least_size(kind, recipe.text_for(kind, texts, recipe.Tokenizer())) for kind in KINDS}
+    with pytest.raises(UserError) as refused:
+        recipe.check_sizes(texts, recipe.Tokenizer(vocabulary_size=least["sentencepiece"] - 1))
+    assert any("too small for sentencepiece" in problem for problem in refused.value.problems)
+    recipe.check_sizes(texts, recipe.Tokenizer(vocabulary_size=max(least.values())))
+    for kind in ("wordpiece", "sentencepiece"):  # the libraries' own counts
+        with pytest.raises(UserError, match=f"take {least[kind]}"):
+            recipe.train(kind, texts, recipe.Tokenizer(vocabulary_size=least[kind] - 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokenizer.vocabulary_size", "200"], ["leaves no room for merges", "512"]),
+        (["--tokenizer.vocabulary_size", "200"], ["leaves no room for merges", "take 263", "as many as the text gives"]),
         (["--tokenizer.vocabulary_size", "0"], ["vocabulary_size"]),
         (["--tokenizer.vocabulary_size", "500000"], ["more than this text gives", "bpe ends at"]),
         (["--tokenizer.kinds", "[sentencepiece]", "--tokenizer.save", "sentencepiece",

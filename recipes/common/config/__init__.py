@@ -22,13 +22,14 @@ This package is imported for `--help`, so it imports nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from recipes.common.config.arguments import find_configs, read_arguments
 from recipes.common.config.help import help_text
 from recipes.common.config.loaded import LibraryDefaults, Loaded, refuse
-from recipes.common.config.reading import Reader, to_yaml
+from recipes.common.config.reading import COMMAND_LINE, Reader, to_yaml
 from recipes.common.config.schema import Section, defaults
 from recipes.common.config.walk import Part, Walk, explain_unknown
 
@@ -41,12 +42,14 @@ def load_config(
     *,
     config_folder: Path | None,
     library_defaults: LibraryDefaults | None = None,
+    wrong_inside: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
 ) -> Loaded:
     """Read `--config FILE --section.key value ...` for a recipe's config class.
 
     `config_folder` holds the recipe's `<name>.yaml`; `cpu.yaml` is taken when no `--config` is given.
     `library_defaults(section, cls, given)` is asked, once a library section is built or printed, for what the user left
-    unset: key -> (value, origin). Raises UserError with every problem there is.
+    unset: key -> (value, origin). `wrong_inside` is told what the user gave, by section, and says what is wrong inside of values
+    that are mappings of any keys: dotted key -> problem. Raises UserError with every problem there is.
     """
     problems: list[str] = []
     arguments = read_arguments(argv, config_folder, problems)
@@ -58,6 +61,11 @@ def load_config(
     walk = Walk(problems)
     root = walk.section(Part("", config_class), [*layers, arguments.tree])
     problems.extend(explain_unknown(walk.unknown, config_class))
+    if wrong_inside is not None:
+        given = {name: inner.given for name, inner in root.inside.items() if inner is not None}
+        for key, problem in wrong_inside(given).items():
+            origin = walk.origins.get(key, "")
+            problems.append(f"{problem} ({f'--{key}' if origin == COMMAND_LINE else origin})")
     loaded = Loaded(config_class, root, walk.origins, library_defaults, arguments)
     if problems:
         # What the sound sections' classes refuse is said now too, not after the next try.
