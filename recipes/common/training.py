@@ -212,9 +212,11 @@ class StopSignals:
         """Whether to stop now; with several processes all get the same answer (a scheduler may signal only one of them)."""
         if self._deadline is not None and time.perf_counter() > self._deadline and self.reason is None:
             self.reason = "run.time_limit_minutes"
-        if on_any_process(self.reason is not None) and self.reason is None:
+        # a signal that arrives while they agree is this process's alone until they ask again
+        stop = on_any_process(self.reason is not None)
+        if stop and self.reason is None:
             self.reason = "another process was asked to stop"
-        return self.reason is not None
+        return stop
 
 
 class StepReport:

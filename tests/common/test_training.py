@@ -184,6 +184,15 @@ def test_a_trainer_tells_of_a_signal_at_the_last_step_after_it(
         assert [row["step"] for row in run.history()] == list(range(1, 9))
 
 
+def test_a_signal_while_the_processes_agree_waits_until_they_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stopped alone would leave the others waiting for it."""
+    with StopSignals() as stop:
+        monkeypatch.setattr(training, "on_any_process", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert not stop.asked() and stop.reason == "SIGTERM"
+        monkeypatch.setattr(training, "on_any_process", lambda happened: happened)
+        assert stop.asked()
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
