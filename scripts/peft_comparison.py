@@ -288,7 +288,11 @@ def report(found: dict[str, Found], steps: int | None, failed: Sequence[str] = (
     for base, rows in found.items():
         about = BASES[base]
         seeds = max(map(len, rows.values()))
-        untrained = " Before training its head is random, and every method trains the head too: part of each gain is the head's alone." if about.task_type == "SEQ_CLS" else ""
+        untrained = (
+            " Before training its head is random, and every method trains the head too: part of each gain is the head's alone."
+            if about.task_type == "SEQ_CLS"
+            else ""
+        )
         parts += [
             f"## {about.title}: {about.task}",
             f"`{about.arguments['model.name']}`, {steps or about.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}.{untrained}",

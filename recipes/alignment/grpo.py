@@ -70,6 +70,10 @@ TAKEN = {
     "ranks",
     "image",
     "images",
+    "completion_ids",
+    "log_metric",
+    "log_extra",
+    "trainer_state",
     "environment",
     "tools",
 }  # mean something to trl
@@ -243,7 +247,8 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     check_turn_end(model, tokenizer)
     data = load_data(config.data, "prompt")
     train = data["train"].select_columns([c for c in data["train"].column_names if c not in TAKEN])
-    held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples))).to_list()
+    held_out = data["validation"].select(range(min(len(data["validation"]), evaluation.max_samples)))
+    held_out = held_out.select_columns(train.column_names).to_list()
     prompts = prompt_ids(tokenizer, train["prompt"])
     room = policy_figures.check_room
     kept = room(

@@ -43,4 +43,4 @@ def group_by_length(trainer: Trainer, lengths: Sequence[int]) -> None:
         return torch.utils.data.SequentialSampler(rows) if args.world_size <= 1 else None
 
     trainer._get_train_sampler = sampler  # type: ignore[method-assign, assignment]
-    trainer._get_eval_sampler = in_order  # type: ignore[method-assign]
+    trainer._get_eval_sampler = in_order  # type: ignore[method-assign, assignment]

@@ -358,6 +358,14 @@ def test_an_adapter_learns_too(tiny, questions, tmp_path):
     assert (folder / "adapter" / "adapter_model.safetensors").exists() and (folder / "model" / "config.json").exists()
 
 
+def test_columns_with_the_names_of_a_rewards_arguments_are_left_out(tiny, tmp_path):
+    """trl hands a reward its own arguments by these names, and every column of the rows too."""
+    data = tmp_path / "questions.jsonl"
+    more = dict.fromkeys(("prompts", "completions", "completion_ids", "log_metric", "trainer_state"), "a")
+    data.write_text("".join(json.dumps(row | more) + "\n" for row in rows()))
+    assert run(tiny, data, tmp_path, training__max_steps=1) == 0
+
+
 # ---------------------------------------------------------------- bad input
 
 
