@@ -253,7 +253,8 @@ def draw(root: Path, steps: Sequence[Step], scores: dict[str, list[dict[str, Any
         axes.set_xlabel("KL from the SFT model, nats an answer")
         axes.set_ylabel("learned reward, which is maximised", color="C0")
         other.set_ylabel("sampled answers that are right", color="C1")
-        axes.legend(handles=[*axes.get_lines(), *other.get_lines()], frameon=False, fontsize=8, loc="lower right")
+        handles = [*axes.get_lines(), *other.get_lines()]
+        axes.figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
 
     run.plot("frontier", true_frontier)
     run.plot("reward_frontier", reward_frontier)

@@ -322,7 +322,7 @@ def draw_scores(axes: Any, found: Found, score: str) -> None:
         axes.errorbar(
             x, y, [[y - low], [high - y]], fmt="o", color=COLOURS[about.family], capsize=3, markersize=6, label=label
         )
-        points.append((x, y, low, high, about.title))
+        points.append((x, y, low, high, about.title, COLOURS[about.family]))
     if "full" in found:
         best, start = mean([row[score] for row in found["full"]]), start_of(found, score)
         learned = size(found["full"][0]["trainable_parameters"])
@@ -339,24 +339,31 @@ def draw_scores(axes: Any, found: Found, score: str) -> None:
     name_points(axes, points)
 
 
-def name_points(axes: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
-    """A label beside each point (x, y, from, to, name), where it covers no point and no other label, if there is such a place."""
+def name_points(axes: Any, points: Sequence[tuple[float, float, float, float, str, str]]) -> None:
+    """A label beside each point (x, y, from, to, name, colour), in its colour, where it covers no point and no other label
+    and no other point is nearer to it, if there is such a place; from farther away a line leads to the point."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()  # settles where the axes are
+    places = axes.transData.transform([point[:2] for point in points])
     taken = []
-    for x, _, low, high, _ in points:
+    for x, _, low, high, _, _ in points:
         ends = axes.transData.transform([(x, low), (x, high)])
         taken.append(Bbox(ends).padded(5))
-    for x, y, _, _, name in points:
+    for i, (x, y, _, _, name, colour) in enumerate(points):
         tried = []
         for dx, dy, horizontal, vertical in SIDES:
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.6} if abs(dx) + abs(dy) > 15 else None
             text = axes.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", ha=horizontal, va=vertical, fontsize=8
-            )
-            box = text.get_window_extent()
+                name, (x, y), (dx, dy), textcoords="offset points", ha=horizontal, va=vertical, fontsize=8,
+                color=colour, arrowprops=line,
+            )  # fmt: skip
+            text.get_window_extent()  # puts it in its place; this extent has the line in it, the next has not
+            box = Text.get_window_extent(text)
             outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
-            tried.append((box.count_overlaps(taken) + 2 * outside, text, box))
+            strange = (nearest(box, places) != i) * (0.5 if line else 1)  # a line tells whose it is all the same
+            tried.append((box.count_overlaps(taken) + 2 * outside + strange, text, box))
         best = min(tried, key=lambda one: one[0])
         for one in tried:
             if one is not best:
@@ -367,8 +374,16 @@ def name_points(axes: Any, points: Sequence[tuple[float, float, float, float, st
 SIDES = [  # how far a label is from its point, in points, and by which of its sides it is held there
     (8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top"),
     (7, 8, "left", "bottom"), (-7, 8, "right", "bottom"), (7, -8, "left", "top"), (-7, -8, "right", "top"),
+    (20, 12, "left", "center"), (20, -12, "left", "center"), (-20, 12, "right", "center"), (-20, -12, "right", "center"),
+    (20, 26, "left", "center"), (20, -26, "left", "center"), (-20, 26, "right", "center"), (-20, -26, "right", "center"),
     (0, 22, "center", "bottom"), (0, -22, "center", "top"),
 ]  # fmt: skip
+
+
+def nearest(box: Any, places: Sequence[Sequence[float]]) -> int:
+    """Which of the places (x, y) is nearest to a box."""
+    away = [math.hypot(max(box.x0 - x, x - box.x1, 0.0), max(box.y0 - y, y - box.y1, 0.0)) for x, y in places]
+    return away.index(min(away))
 
 
 def draw_costs(axes: Any, found: Found) -> None:

@@ -157,7 +157,13 @@ def test_the_table_takes_the_gain_seed_by_seed() -> None:
     assert "-0.100" in rows["PPO, KL left free"]
 
 
-def test_pictures_and_report(tmp_path: Path) -> None:
+def test_pictures_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *to, **how: (figures.append(figure), savefig(figure, *to, **how))
+    )
     steps = [step for step in comparison.plan(tmp_path, 1, Path("sft")) if step.recipe == "ppo"]
     for step in steps:
         folder = step.folder(tmp_path)
@@ -167,6 +173,9 @@ def test_pictures_and_report(tmp_path: Path) -> None:
         (folder / "metrics.json").write_text("{}")
     assert len(comparison.trajectory(steps[0].folder(tmp_path))["kl"]) == 4
     comparison.draw(tmp_path, steps, SCORES)
+    (legend,) = figures[-1].legends  # over-optimisation has two axes: what is inside one lies over the other's lines
+    assert len(legend.get_texts()) == 4
+    assert legend.get_window_extent().y1 < min(axes.bbox.y0 for axes in figures[-1].axes)
     free = steps[-1].folder(tmp_path)
     told = comparison.report(SCORES, Path("sft"), 1000, free=free)
     assert "it was not over-optimised in these steps" in told

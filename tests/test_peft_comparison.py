@@ -269,20 +269,31 @@ def test_what_is_finished_is_reported_whoever_asked_for_it(tmp_path: Path) -> No
     assert figures["llama"]["share_of_full_gain"]["lora"] == pytest.approx([1.0, 1.0])
 
 
-def test_labels_do_not_cover_each_other() -> None:
-    """Five points in a heap."""
+@pytest.mark.parametrize(("apart", "step"), [(0.02, 100), (0.008, 1)])
+def test_labels_do_not_cover_each_other_and_tell_whose_they_are(apart: float, step: int) -> None:
+    """Five points in a heap, one far away: each label has its point's colour, and no other point is nearer or a line leads to
+    its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names = list(comparison.METHODS)[1:6]
-    found = {name: [row(0.4 + 0.02 * i, 10_000 + 100 * i)] for i, name in enumerate(names)}
+    names = list(comparison.METHODS)[1:7]
+    found = {name: [row(0.4 + apart * i, 10_000 + step * i)] for i, name in enumerate(names)}
+    found[names[-1]] = [row(0.5, 10**6)]
     comparison.draw_scores(axes, {"full": FOUND["full"], **found}, "exact_match")
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line to the point
     assert [text.get_text() for text in axes.texts] == [comparison.METHODS[name].title for name in names]
     assert all(not one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert [text.get_color() for text in axes.texts] == [
+        comparison.COLOURS[comparison.METHODS[name].family] for name in names
+    ]
+    places = axes.transData.transform([text.xy for text in axes.texts])
+    strange = [text for i, text in enumerate(axes.texts) if comparison.nearest(boxes[i], places) != i]
+    assert all(text.arrow_patch is not None for text in strange)
+    assert bool(strange) == (apart < 0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- end to end

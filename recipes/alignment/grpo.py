@@ -317,7 +317,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     policy_figures.save(trainer, tokenizer, run)
     run.plot_curve("reward", "reward", label="reward of the step's answers, sampled")
     run.plot_curve("groups", "frac_reward_zero_std", label="groups whose answers are all alike: nothing to learn")
-    run.plot_curve("policy", "entropy", "clip_ratio/region_mean", "kl")
+    run.plot_panels("policy", "entropy", "clip_ratio/region_mean", "kl")
     run.plot_curve("length", "completions/mean_length", label="tokens an answer")
     return policy_figures.report(run, before, after)
 

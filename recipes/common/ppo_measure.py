@@ -84,7 +84,8 @@ def draw(run: RunFolder, learned: bool) -> None:
             draw_curve(other, steps, [row["true_score"] for row in history], score, color="C1")
             other.set_ylabel("sampled answers that are right")
             handles += other.get_legend_handles_labels()[0]
-        axes.legend(handles=handles, frameon=False, loc="lower right")
+        # below the axes: what it would lie over, nobody knows before
+        axes.figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2)
 
     def frontier(axes: Any) -> None:
         kl, gained = [row["kl"] for row in history], [row["reward"] for row in history]
@@ -99,7 +100,7 @@ def draw(run: RunFolder, learned: bool) -> None:
         run.plot_curve("critic", "explained_variance", "value_loss")
     if history[-1].get("informative") is not None:
         run.plot_curve("groups", "informative", label="prompts whose answers got different rewards")
-    run.plot_curve("policy", "entropy", "clip_fraction", "update_kl")
+    run.plot_panels("policy", "entropy", "clip_fraction", "update_kl")
     spent = seconds_of(history)
     if len(spent) > 1:
         run.plot("time", lambda axes: time_bars(axes, spent))

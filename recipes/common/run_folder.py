@@ -205,22 +205,40 @@ class RunFolder:
         figure.savefig(buffer, format="png")
         write_atomically(self.path / "plots" / f"{name}.png", buffer.getvalue())
 
-    def plot_curve(self, name: str, *keys: str, label: str | None = None) -> None:
-        """Plot logged figures against the step, in one picture."""
+    def plot_curve(self, name: str, *keys: str, label: str | None = None, goal: str | None = None) -> None:
+        """Plot logged figures against the step, in one picture.
+
+        goal: one more figure, which the others are to follow: dotted on top of them, since it may lie under them
+        """
         history = self.history()
 
         def draw(axes: Axes) -> None:
             for key in keys:
-                points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
-                if points:
-                    steps, values = zip(*points, strict=True)
-                    draw_curve(axes, steps, values, key.replace("_", " "))
+                if points := points_of(history, key):
+                    draw_curve(axes, *points, key.replace("_", " "))
+            if goal and (points := points_of(history, goal)):
+                axes.plot(*points, "k:", label=goal.replace("_", " "))
             axes.set_xlabel("step")
             axes.set_ylabel(label or name.replace("_", " "))
             if axes.has_data():
                 axes.legend(frameon=False)
 
         self.plot(name, draw)
+
+    def plot_panels(self, name: str, *keys: str) -> None:
+        """Plot logged figures against the step, each on axes of its own: of unlike size, one would flatten the others."""
+        history = self.history()
+        found = {key: points for key in keys if (points := points_of(history, key))}
+
+        def draw(axes: Axes) -> None:
+            for panel, (key, points) in zip(panels_below(axes, len(found)), found.items(), strict=True):
+                draw_curve(panel, *points, key.replace("_", " "))
+                panel.legend(frameon=False, fontsize=8)
+                panel.set_xlabel("step")
+                panel.label_outer()
+
+        if found:
+            self.plot(name, draw)
 
     def sample(self, name: str, text: str) -> None:
         """Keep generated text (or a table of it) as samples/<name>."""
@@ -288,6 +306,24 @@ class RunFolder:
     def paragraphs(self) -> list[str]:
         """What the recipe wants said in the model card."""
         return self._paragraphs
+
+
+def points_of(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]] | None:
+    """The steps at which a figure was logged and what it was, or None if it never was."""
+    rows = [row for row in history if row.get(key) is not None]
+    return ([row["step"] for row in rows], [row[key] for row in rows]) if rows else None
+
+
+def panels_below(axes: Axes, count: int) -> list[Axes]:
+    """So many panels, one below the other, in the place of the axes that `RunFolder.plot` gives."""
+    figure: Any = axes.figure
+    axes.remove()
+    figure.set_size_inches(7, 0.6 + 1.7 * count)
+    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return list(panels)
 
 
 def draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, **style: Any) -> None:

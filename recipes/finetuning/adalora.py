@@ -204,7 +204,7 @@ def draw(run: RunFolder, kept: dict[str, int], most: int) -> None:
                     axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade)
 
     run.plot("rank_by_layer", heat)
-    run.plot_curve("rank", "rank", "rank_budget", label="sum of the ranks")
+    run.plot_curve("rank", "rank", goal="rank_budget", label="sum of the ranks")
 
 
 def main(config: Config, run: RunFolder) -> dict[str, Any]:

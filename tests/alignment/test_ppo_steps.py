@@ -242,6 +242,30 @@ def test_a_steps_parts_are_timed_and_drawn(tiny, judge, tmp_path):
     assert [text.get_text() for text in axes.texts] == ["3.00 s, 50%", "1.00 s, 17%", "2.00 s, 33%"]
 
 
+def test_the_legend_of_reward_and_true_score_lies_below_both_axes(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from recipes.common.run_folder import RunFolder
+
+    run, drawn = RunFolder(tmp_path, recipe="ppo"), {}
+
+    def plot(name, draw):
+        drawn[name] = Figure(layout="constrained")
+        draw(drawn[name].add_subplot())
+
+    monkeypatch.setattr(run, "plot", plot)
+    for step in (1, 2, 3):
+        run.log(step, reward=step, true_score=0.1 * step, kl=0.5, kl_k3=0.5, entropy=5.7, clip_fraction=0.1)
+    ppo_measure.draw(run, learned=True)
+    figure = drawn["reward_and_true_score"]
+    figure.draw_without_rendering()
+    assert [axes.get_legend() for axes in figure.axes] == [None, None]
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 2
+    assert legend.get_window_extent().y1 < min(axes.bbox.y0 for axes in figure.axes)
+    assert len(drawn["policy"].axes) == 2
+
+
 @pytest.mark.parametrize("whitening", ["global", "prompt", "none"])
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_a_step_is_the_policy_gradient_of_the_advantages_that_the_settings_say(tiny, judge, kind, whitening):

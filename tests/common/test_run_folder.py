@@ -493,3 +493,31 @@ def test_a_curve_of_many_points_has_its_mean_on_top() -> None:
     some = Figure().add_subplot()
     draw_curve(some, range(64), values[:64], "loss", color="C1")
     assert [line.get_color() for line in some.lines] == ["C1", "C1"] and some.lines[1].get_label() == "loss, mean of 8"
+
+
+def test_figures_of_unlike_size_have_panels_and_a_goal_is_dotted_on_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    run, drawn = opened(tmp_path / "run"), {}
+
+    def plot(name: str, draw: Any) -> None:
+        drawn[name] = Figure()
+        draw(drawn[name].add_subplot())
+
+    monkeypatch.setattr(run, "plot", plot)
+    for step in (1, 2, 3):
+        run.log(step, entropy=5.7, clip_fraction=0.01 * step, rank=4 - step, rank_budget=4 - step)
+    run.plot_panels("policy", "entropy", "clip_fraction", "kl")  # no KL was logged: no panel
+    run.plot_panels("nothing", "kl")
+    run.plot_curve("rank", "rank", goal="rank_budget")
+    assert list(drawn) == ["policy", "rank"]
+    assert [[line.get_label() for line in axes.lines] for axes in drawn["policy"].axes] == [
+        ["entropy"],
+        ["clip fraction"],
+    ]
+    assert drawn["policy"].axes[1].get_ylim()[1] < 0.05
+    rank, budget = drawn["rank"].axes[0].lines
+    assert (rank.get_label(), budget.get_label()) == ("rank", "rank budget")
+    assert (rank.get_linestyle(), budget.get_linestyle()) == ("-", ":")
