@@ -223,7 +223,7 @@ def make_trainer(
     from datasets import Dataset
     from trl import DPOTrainer
 
-    from recipes.common.peft_models import check_ranks
+    from recipes.common.peft_models import check_ranks, names_layers
     from recipes.common.rlhf import check_adapter_off
     from recipes.common.sft import plain_logits, project_only_labels
 
@@ -238,9 +238,7 @@ def make_trainer(
         None if args.precompute_ref_log_probs else copy.deepcopy(reference) if args.sync_ref_model else reference
     )
     base = list(model.parameters())
-    named = config.lora is not None and config.lora.target_modules not in (None, "all-linear")  # peft fills it in
-    if args.world_size > 1:  # the last batch is filled up with rows that were there before, inside a process's mean
-        args.per_device_eval_batch_size = 1
+    named = config.lora is not None and names_layers(config.lora)
     trainer = Prepared(
         model, ref_model, args=args, processing_class=tokenizer, peft_config=config.lora,
         train_dataset=Dataset.from_list([{c: pair[c] for c in columns} for pair in train]),
@@ -384,6 +382,9 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         config.lora.task_type = config.lora.task_type or "CAUSAL_LM"
     run.choose("torch.compile", False, "every batch has another shape")
     run.given.add("training.torch_compile")
+    if args.world_size > 1:  # the last batch is filled up with rows that were there before, inside a process's mean
+        run.choose("training.per_device_eval_batch_size", 1, "several processes: each held-out pair counts once")
+        args.per_device_eval_batch_size = 1
     trainer = make_trainer(model, reference, tokenizer, train, pairs, config)
     batch = next(iter(trainer.get_train_dataloader()))
     frozen = [reference] if reference is not None else []

@@ -235,7 +235,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     from recipes.common.data import load_data
     from recipes.common.generation import check_turn_end, prompt_ids, stop_ids
     from recipes.common.models import load_model, load_tokenizer, refuse_quantised
-    from recipes.common.peft_models import check_low_rank, check_ranks
+    from recipes.common.peft_models import check_low_rank, check_ranks, names_layers
     from recipes.common.preflight import preflight
     from recipes.common.training import fit, total_steps
 
@@ -268,7 +268,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
     run.given.add("training.torch_compile")
     args.include_num_input_tokens_seen = "no"  # trl counts them itself, as it answers
     base = list(model.parameters())
-    named = config.lora is not None and config.lora.target_modules not in (None, "all-linear")  # peft fills it in
+    named = config.lora is not None and names_layers(config.lora)
     trainer = GRPOTrainer(
         model, rewards, args=args, train_dataset=train, processing_class=tokenizer, peft_config=config.lora
     )

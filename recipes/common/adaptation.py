@@ -105,12 +105,9 @@ def seed_again() -> None:
 
 
 def _classes(rows: DatasetDict) -> list[str]:
-    paired = [text is not None for split in ("train", "validation") for text in rows[split]["text_pair"]]
-    if any(paired) and not all(paired):
-        raise UserError(
-            f"data: {paired.count(True)} of {len(paired)} rows have a second text (text_pair) and the others have none: give it "
-            "in all of them, or in none"
-        )
+    from recipes.common.downstream import have_second_texts
+
+    have_second_texts((row for split in ("train", "validation") for row in rows[split]), "data")
     names = sorted(set(rows["train"]["label"]))
     if len(names) < 2:
         raise UserError(f"data: the training rows have one class alone, {names[0]!r}: there is nothing to tell apart")
@@ -157,10 +154,10 @@ def _sides(row: Any) -> list[Any]:
 def _rows(task: Task, split: str, args: SFTConfig) -> Any:
     if task.type in ("SEQ_CLS", "TOKEN_CLS"):
         return task.data[split]
-    from recipes.common.text_to_text import encode_pairs_as_told
+    from recipes.common.text_to_text import encode_with_own_marks
 
     sides = task.data[split]
-    return encode_pairs_as_told(task.tokenizer, sides["source"], sides["target"], longest_row(task, args))
+    return encode_with_own_marks(task.tokenizer, sides["source"], sides["target"], longest_row(task, args))
 
 
 def longest_row(task: Task, args: SFTConfig) -> int:
@@ -253,7 +250,7 @@ def about_base(task: Task) -> dict[str, Any]:
         "name": task.base.config._name_or_path or None,
         "fingerprint": task.fingerprint,
         "class": AUTO_CLASSES[task.type],
-        "classes": task.classes or None,
+        "label_names": task.classes or None,
     }
 
 

@@ -4,7 +4,7 @@ adapter/
   adapter_model.safetensors   the parameters that learned, by the names that they have in the adapted model
   adapter_config.json         peft's methods: peft's own file, which PeftModel.from_pretrained reads
   adapter.json                the methods that peft lacks: {"method": ..., "settings": {...}}; `load_adapter` reads it
-  base.json                   {"name": ..., "fingerprint": ..., "class": ..., "classes": ...} of the model that it was trained on, the
+  base.json                   {"name": ..., "fingerprint": ..., "class": ..., "label_names": ...} of the model that it was trained on, the
                               class of transformers' that opens it, and what its head's outputs are called, if it has one
 
 An adapter on another base computes nonsense and says nothing: the fingerprint is checked on loading.
@@ -159,9 +159,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> nn.Module:
         raise UserError(f"{folder} holds no adapter (no adapter_model.safetensors)")
     check_base(model, folder)
     about = json.loads((folder / "base.json").read_text()) if (folder / "base.json").exists() else {}
-    if classes := about.get("classes"):
-        model.config.id2label = dict(enumerate(classes))
-        model.config.label2id = {name: i for i, name in enumerate(classes)}
+    if names := about.get("label_names"):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
     if not (folder / "adapter.json").exists():
         from peft import PeftModel
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,17 @@ def class_names(rows: list[dict[str, Any]], held_out: list[dict[str, Any]], wher
             "used has: use more rows"
         )
     return names
+
+
+def have_second_texts(rows: Iterable[dict[str, Any]], where: str) -> bool:
+    """Whether labelled rows are of two texts each. Raises UserError, which begins with `where`, if some are and some are not."""
+    paired = [row["text_pair"] is not None for row in rows]
+    if any(paired) and not all(paired):
+        raise UserError(
+            f"{where}: {paired.count(True)} of {len(paired)} rows have a second text (text_pair) and the others have none: give "
+            "it in all of them, or in none"
+        )
+    return any(paired)
 
 
 def batches_of(rows: list[Any], settings: Downstream, order: torch.Generator) -> Iterator[list[int]]:

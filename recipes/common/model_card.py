@@ -88,7 +88,7 @@ def _load_adapter(folder: Path) -> list[str]:
     if not (folder / "base.json").exists():
         return []
     about = json.loads((folder / "base.json").read_text())
-    labels = f", num_labels={len(about['classes'])}" if about["classes"] else ""
+    labels = f", num_labels={len(about['label_names'])}" if about["label_names"] else ""
     peft = (folder / "adapter_config.json").exists()
     load = "PeftModel.from_pretrained" if peft else "load_adapter"  # ours: of a method that peft lacks
     return [

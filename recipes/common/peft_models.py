@@ -86,6 +86,11 @@ def check_low_rank(
         )
 
 
+def names_layers(settings: PeftConfig) -> bool:
+    """Whether the user named the layers to adapt. Asked before peft puts the layers that it finds in their place."""
+    return getattr(settings, "target_modules", None) not in (None, "all-linear")
+
+
 def check_ranks(adapted: Any, section: str, named: bool) -> None:
     """Raise UserError for a rank above what its layer can have: of layers that the user `named` for any, else for all of them
     (all-linear takes in the router of a mixture of experts, which has as many rows as there are experts)."""
@@ -151,8 +156,7 @@ def with_adapter(base: PreTrainedModel, settings: PeftConfig) -> Any:
         raise UserError(f"{section}.megatron_config: Megatron's layers are in none of these models: leave it out")
     if heads := {"pooler" if ".pooler." in name else name.partition(".")[0] for name in head_names(base)}:
         settings.modules_to_save = sorted({*(settings.modules_to_save or ()), *heads})  # type: ignore[attr-defined]
-    # asked before: peft puts the layers that it finds in their place
-    named = getattr(settings, "target_modules", None) not in (None, "all-linear")
+    named = names_layers(settings)
     try:
         adapted = get_peft_model(base, settings, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:  # layers_to_transform that are not there, ...

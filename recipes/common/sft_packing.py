@@ -107,9 +107,8 @@ def packing_leaks(model: PreTrainedModel) -> str:
     from recipes.common.generation import inference
     from recipes.common.sharding import launched_with
 
-    takes_apart = model.config._attn_implementation.startswith(
-        "flash"
-    )  # by TRL's collator, which lays out a single row
+    # FlashAttention takes them apart in the single row that TRL's collator lays out
+    takes_apart = model.config._attn_implementation.startswith("flash")
     out_of_reach = any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters())
     if takes_apart or out_of_reach or launched_with() == "FSDP":
         return ""

@@ -42,7 +42,7 @@ def encode_pairs(
     return [Pair(source, target) for source, target in zip(*sides, strict=True)]
 
 
-def encode_pairs_as_told(
+def encode_with_own_marks(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str], max_length: int
 ) -> list[Pair]:
     """`encode_pairs` with what a pretrained model's own tokenizer puts around a text of each side: BART's <s>, mBART's

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from recipes.common import machine
@@ -27,6 +25,7 @@ from recipes.common.run_folder import (
     wait_for_everyone,
     write_errors_explained,
 )
+from recipes.common.stop_signals import StopSignals, on_any_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -164,59 +163,6 @@ def _library_choices() -> dict[str, list[str]]:
     return {
         "log_level": levels, "log_level_replica": levels, "torch_compile_backend": backends, "packing_strategy": packing,
     }  # fmt: skip
-
-
-def on_any_process(happened: bool) -> bool:
-    """Whether it happened on one of the processes at least; all get the same answer, so all must ask."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return happened
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.tensor([happened], dtype=torch.int32, device="cuda" if machine.has_gpu() else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-class StopSignals:
-    """While entered, SIGINT and SIGTERM (and a time limit) ask for a stop at the next step; a second SIGINT stops at once.
-
-    At the last step too: what comes after the training may take longer than it.
-
-    The limit counts from when the `run` was started, not from here: a scheduler's does, and a run may have several stages.
-    """
-
-    def __init__(self, run: RunFolder | None = None, time_limit_minutes: float | None = None):
-        self.reason: str | None = None
-        self._deadline = run.started + 60 * time_limit_minutes if run and time_limit_minutes else None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-
-    def __enter__(self) -> StopSignals:
-        import threading
-
-        if threading.current_thread() is threading.main_thread():  # Python takes handlers in the main thread only
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def asked(self) -> bool:
-        """Whether to stop now; with several processes all get the same answer (a scheduler may signal only one of them)."""
-        if self._deadline is not None and time.perf_counter() > self._deadline and self.reason is None:
-            self.reason = "run.time_limit_minutes"
-        # a signal that arrives while they agree is this process's alone until they ask again
-        stop = on_any_process(self.reason is not None)
-        if stop and self.reason is None:
-            self.reason = "another process was asked to stop"
-        return stop
 
 
 class StepReport:
@@ -405,7 +351,7 @@ def fit(trainer: Trainer, run: RunFolder, *, time_limit_minutes: float | None = 
         wait_for_everyone()
         if run.resume_from:
             run.say(f"resuming after step {done}")
-        if run.resume_from and finished:
+        if finished:
             trainer._load_from_checkpoint(str(run.resume_from))  # the training was finished; what came after it was not
         else:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)

@@ -4,8 +4,7 @@
     stage 2    s = softmax_n((Q h) . (K A_n(h)))        h <- h + sum_n s_n V A_n(h)        at each place of an adapter
                learned: Q, K, V [d, d] alone, 3 d^2 numbers a place; V = I, Q = 0 at first: the mean of the adapters
 
-At inference all N adapters are computed at each place, and the attention over them: nothing merges, and of this chapter's
-methods it costs the most.
+At inference all N adapters are computed at each place, and the attention over them: nothing merges.
 
 The adapters are never mixed while they learn, so no task can undo another's; what is shared is found afterwards. Every task
 is text here, for decoders and encoder-decoders: the paper's classifiers bring a head each, which no other task could use.

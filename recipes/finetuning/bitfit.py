@@ -33,16 +33,9 @@ if TYPE_CHECKING:
 
 # Where the two biases of the paper's section 3.3 are, in the names of transformers.
 QUERY = ("query", "query_proj", "q_proj", "q_lin")  # b_q
-MLP = (
-    "intermediate.dense",
-    "dense_h_to_4h",
-    "fc1",
-    "lin1",
-    "c_fc",
-    ".ffn",
-    "up_proj",
-    "gate_proj",
-)  # b_m2: into the wide inner layer
+MLP = (  # b_m2: into the wide inner layer
+    "intermediate.dense", "dense_h_to_4h", "fc1", "lin1", "c_fc", ".ffn", "up_proj", "gate_proj",
+)  # fmt: skip
 SWITCHES = ("attention_bias", "mlp_bias")  # fields of a config that give its model biases
 
 
@@ -115,10 +108,10 @@ def put_in(model: PreTrainedModel, settings: dict[str, Any]) -> PreTrainedModel:
     missing = missing_biases(model)
     if not missing:
         own = sum(name.endswith("bias") for name, _ in model.named_parameters())
+        if own:
+            raise UserError(f"bitfit.add_biases: {type(model).__name__} has {own} biases of its own: leave it out")
         raise UserError(
-            f"bitfit.add_biases: {type(model).__name__} has {own} biases of its own: leave it out"
-            if own
-            else f"bitfit.add_biases: {type(model).__name__} has no linear layer that could be given a bias: its config "
+            f"bitfit.add_biases: {type(model).__name__} has no linear layer that could be given a bias: its config "
             f"has no switch for more of them ({', '.join(SWITCHES)}), so they could not be saved with it"
         )
     for name in missing:

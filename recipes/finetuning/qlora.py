@@ -17,7 +17,7 @@ Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 
 Leaves adapter/ and model/: the weights that were trained on (de-quantised) with the adapter added. Quantising the sum again
 would round the adapter away. At inference model/ costs what the base does in 16 bits; the base in four bits with adapter/
-beside it takes about a quarter of the memory, and computes B A x at each layer. Laptop result: RESULTS.md#qlora.
+beside it keeps its matrices in about a quarter of that, and computes B A x at each layer. Laptop result: RESULTS.md#qlora.
 """
 
 from __future__ import annotations

@@ -203,13 +203,10 @@ def compare(
 
 def check_texts(task: str, split: Split) -> None:
     """Raise UserError where some rows of a task have a second text and some have none, or `pairs` has rows of one text."""
-    paired = [row["text_pair"] is not None for rows in split for row in rows]
-    if any(paired) and not all(paired):
-        raise UserError(
-            f"{task}.data: {paired.count(True)} of {len(paired)} rows have a second text (text_pair) and the others have none: "
-            "give it in all of them, or in none"
-        )
-    if task == "pairs" and not any(paired):
+    from recipes.common.downstream import have_second_texts
+
+    paired = have_second_texts((row for rows in split for row in rows), f"{task}.data")
+    if task == "pairs" and not paired:
         raise UserError(
             "pairs.data: its rows have one text: give a second one (text_pair), or take pairs out of bert.tasks"
         )

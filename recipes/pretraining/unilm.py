@@ -294,12 +294,15 @@ def main(config: Config, run: RunFolder) -> dict[str, Any]:
     def cloze_alone(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         return [{name: value for name, value in batch.items() if name != "is_next"} for batch in batches]
 
-    training.dataloader_drop_last = True  # a last batch of one text has no other to be put beside it
+    rows = numbered(blocks, training)
+    # a last batch of one text has no other to be put beside it; fewer texts than a batch stay one batch
+    whole_batch = training.per_device_train_batch_size * training.world_size
+    training.dataloader_drop_last = not hasattr(rows, "__len__") or len(rows) >= whole_batch
     optimizer = muon_with_adamw(model, training, unilm.muon_learning_rate) if unilm.optimizer == "muon" else None
     trainer = Trainer(
         model,
         training,
-        train_dataset=numbered(blocks, training),
+        train_dataset=rows,
         data_collator=collate,
         optimizers=(optimizer, None),
     )

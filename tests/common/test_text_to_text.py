@@ -18,7 +18,7 @@ from recipes.common.text_to_text import (
     batch_of,
     correlation,
     encode_pairs,
-    encode_pairs_as_told,
+    encode_with_own_marks,
     mixing_rates,
     mixture,
     say_cut,
@@ -120,11 +120,11 @@ def test_a_checkpoints_generation_defaults_are_set_aside_and_put_back() -> None:
 def test_pairs_are_encoded_as_the_models_own_tokenizer_does() -> None:
     """What it puts around a text of each side stays; an end follows where it puts none; both fit."""
     tokenizer = make_tokenizer()
-    plain = encode_pairs_as_told(tokenizer, ["abcdef"], ["ab"], 4)
+    plain = encode_with_own_marks(tokenizer, ["abcdef"], ["ab"], 4)
     assert plain == encode_pairs(tokenizer, ["abcdef"], ["ab"], 4)
     add_marks(tokenizer)  # BERT's: [CLS] text [SEP]
     cls, sep, end = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id
-    ((source, target),) = encode_pairs_as_told(tokenizer, ["abcdef"], ["ab"], 5)
+    ((source, target),) = encode_with_own_marks(tokenizer, ["abcdef"], ["ab"], 5)
     assert source[0] == cls and len(source) == 5 and source[-1] == end
     assert target[0] == cls and target[-2:] == [sep, end]
 

@@ -23,7 +23,6 @@ from recipes.common.run_opening import open_folder
 from recipes.common.training import (
     Loop,
     StepReport,
-    StopSignals,
     duration,
     fit,
     make_accelerator,
@@ -184,36 +183,11 @@ def test_a_trainer_tells_of_a_signal_at_the_last_step_after_it(
         assert [row["step"] for row in run.history()] == list(range(1, 9))
 
 
-def test_a_signal_while_the_processes_agree_waits_until_they_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that stopped alone would leave the others waiting for it."""
-    with StopSignals() as stop:
-        monkeypatch.setattr(training, "on_any_process", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        assert not stop.asked() and stop.reason == "SIGTERM"
-        monkeypatch.setattr(training, "on_any_process", lambda happened: happened)
-        assert stop.asked()
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked() and stop.reason == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
-
 def test_a_time_limit_stops_as_a_signal_does(arguments: Any, tmp_path: Path) -> None:
     run = made(tmp_path / "run")
     with pytest.raises(Interrupted, match=r"run\.time_limit_minutes: checkpoint after step 3"):
         train(run, arguments(), at={2: lambda: time.sleep(1.2)}, time_limit_minutes=1.0 / 60)
     assert (run.checkpoints / "checkpoint-3" / "complete").exists()
-
-
-def test_a_time_limit_counts_from_the_start_of_the_run_not_of_its_stage(tmp_path: Path) -> None:
-    run = made(tmp_path / "run")
-    run.started -= 120
-    assert StopSignals(run, time_limit_minutes=1).asked()
-    assert not StopSignals(run, time_limit_minutes=3).asked()
 
 
 def test_the_steps_of_part_of_an_epoch_are_those_that_the_trainer_takes() -> None:

@@ -35,6 +35,9 @@ def arguments(model: Path, data: Path | str, *changes: Changes) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- tiny models
 
 
+BERT_HEAD = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
 def save_bert(folder: Path) -> Path:
     """An encoder, 2 layers of width 32."""
     from transformers import BertConfig, BertModel

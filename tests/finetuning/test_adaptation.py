@@ -99,5 +99,5 @@ def test_a_bert_without_a_pooler_keeps_the_one_that_it_learned(tmp_path: Path, r
     )
     assert done.code == 0, done.err
     again = load_adapter(other, done.folder / "adapter")
-    names = json.loads((done.folder / "adapter" / "base.json").read_text())["classes"]
+    names = json.loads((done.folder / "adapter" / "base.json").read_text())["label_names"]
     assert [again.config.id2label[i] for i in range(len(names))] == names and len(names) == 2  # type: ignore[union-attr]

@@ -42,7 +42,6 @@ INPUTS = {"input_ids": torch.tensor([[*PROMPT[:3], *range(i, i + 40), *PROMPT[3:
 # table, 2 layers of LSTM both ways, MLP: equations 5 and 6 for width 32, h 12
 LSTM = 5 * 32 + 2 * (48 * 32 + 48 * 12 + 96) + 2 * (48 * 24 + 48 * 12 + 96) + (24 * 24 + 24) + (24 * 32 + 32)
 MLP = 5 * 32 + (32 * 12 + 12) + (12 * 12 + 12) + (12 * 32 + 32)
-HEAD = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
 def settings(**changes: Any) -> PromptEncoderConfig:
@@ -279,7 +278,7 @@ def test_an_encoder_classifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert figures["accuracy"] > 0.9 > figures["baseline_accuracy"]
     assert figures["trainable_parameters"] == LSTM + 2 * 32 + 2 + 32 * 32 + 32  # the head, and the pooler that feeds it
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert tensors.keys() == {"prompt.numbers", *HEAD}
+    assert tensors.keys() == {"prompt.numbers", *checks.BERT_HEAD}
     loaded = load_adapter(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     template = read_template(FEW["template.text"], "t")

@@ -39,7 +39,6 @@ FIRST = len(make_tokenizer())  # the id of the first virtual token
 PROMPT = list(range(FIRST, FIRST + 5))
 ROWS = [PROMPT + row for row in prompt_checks.ROWS]
 INPUTS = {"input_ids": torch.tensor([[*PROMPT, *range(i, i + 40)] for i in (10, 50, 90)])}
-HEAD = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
 def prompted(model: Any) -> Any:
@@ -276,7 +275,7 @@ def test_an_encoder_classifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         figures["trainable_parameters"] == 5 * 32 + 2 * 32 + 2 + 32 * 32 + 32
     )  # the head, and the pooler that feeds it
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert tensors.keys() == {"prompt.numbers", *HEAD}
+    assert tensors.keys() == {"prompt.numbers", *checks.BERT_HEAD}
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     from recipes.common.adapter_files import load_adapter
 

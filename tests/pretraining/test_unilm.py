@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_chat import command_line
 
+from recipes.common.errors import UserError
 from recipes.common.prefix_masks import LEFT_TO_RIGHT, add_marks, batch_of, encode, pretraining_sample, write
 from recipes.pretraining import unilm
 
@@ -183,3 +184,24 @@ def test_held_out_blocks_are_asked_in_random_company_an_even_number_at_once() ->
     followers = [b - a for some in unilm.random_batches(400, 32) for a, b in itertools.pairwise(some)]
     assert followers.count(1) < 8  # of 387; one of 400 by chance
     assert unilm.random_batches(97, 32) == unilm.random_batches(97, 32)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(4, 4), (1000, None)])
+def test_no_batch_is_one_text_alone(
+    size: int, expected: int | None, sources: Any, run_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be its own wrong next segment; fewer texts than a batch are one batch still."""
+    seen: list[int] = []
+
+    def stop(trainer: Any, *_: Any, **__: Any) -> None:
+        rows = trainer.train_dataset
+        rows.draws = 4 * (len(rows) // 4) + 1  # one is left over
+        seen.extend(len(batch["input_ids"]) for batch in trainer.get_train_dataloader())
+        assert len(rows) > 4
+        raise UserError("enough")
+
+    monkeypatch.setattr("recipes.common.draws.pretrain_and_score", stop)
+    more = {"training__max_steps": -1, "training__num_train_epochs": 1, "training__per_device_train_batch_size": size}
+    done = run_in_process(unilm, tiny(sources, **more), tmp_path)
+    assert "enough" in done.err, done.err
+    assert set(seen) == {expected} if expected else len(seen) == 1 and seen[0] > 1
