@@ -172,7 +172,7 @@ def update(
     import torch
 
     from recipes.common import rlhf
-    from recipes.common.shared_prompts import take
+    from recipes.common.ppo_rollout import rows_of
 
     ppo, args, processes, k = config.ppo, config.training, accelerator.num_processes, rollout.answers
     reduce = (lambda x: accelerator.reduce(x, "sum")) if processes > 1 else None
@@ -192,6 +192,7 @@ def update(
     def theirs(prompts: Tensor) -> Tensor:
         return (prompts[:, None] * k + torch.arange(k)).flatten()  # which of the B answers are to these prompts
 
+    kept = torch.tensor(rollout.kept)  # [B]
     micro = args.per_device_train_batch_size // k  # prompts
     blocks = iter(text.split(args.per_device_train_batch_size)) if text is not None and not critic_only else None
     generator = torch.Generator().manual_seed(seed)
@@ -207,7 +208,7 @@ def update(
             m = mask[rows]  # [b, R]
             with accelerator.accumulate(models.learner):
                 logprobs, values, entropy, text_loss = models.learner(
-                    take(rollout.rows, prompts),
+                    rows_of(models, rollout.all, kept[rows].tolist(), k, mask.device, mask.shape[1]),
                     with_entropy=ppo.entropy_coefficient > 0,
                     text=next(blocks) if blocks else None,
                     critic_only=critic_only,
@@ -560,7 +561,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         if step % max(1, steps // 8) == 0:
             run.sample(f"step_{step + 1:05d}.txt", ppo_measure.sampled(rollout))
             run.say(ppo_measure.sampled(rollout, 3).rstrip())
-        loop.log(figures.pop("loss"), int((rollout.rows.branch >= 0).sum()), **figures)
+        loop.log(figures.pop("loss"), ppo_rollout.tokens_of(rollout), **figures)
 
     after, answers_after = measure()
     save(models, batch, run, accelerator)

@@ -188,7 +188,7 @@ def demonstrations(data: Data, tokenizer: Any, config: Config, run: RunFolder) -
 
 
 def collate(rows: list[dict[str, Any]], fill: int) -> dict[str, torch.Tensor]:
-    """B prompts with their K answers each, a row a prompt: the fields of `shared_prompts.Rows`, and `ranks` [B, K].
+    """B prompts with their K answers each: the fields of `shared_prompts.Rows`, and `ranks` [B, K].
 
     A prompt of fewer answers than another has rank -1 where it has none. The stop token is an answer's last.
     """
@@ -285,12 +285,12 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, held_out: Any, config: 
             rows, ranks = Rows(**{name: inputs[name] for name in Rows._fields}), inputs["ranks"]
             told = model(
                 input_ids=rows.input_ids,
-                attention_mask=attention_mask(rows.branch, self.model.config),
+                attention_mask=attention_mask(rows, self.model.config),
                 position_ids=rows.position_ids,
                 use_cache=False,
                 output_hidden_states=True,
             )
-            states = told.hidden_states[-1]  # [B, L, H]
+            states = told.hidden_states[-1]  # [M, L, H]
             there = ranks >= 0  # [B, K]
             reads = knobs.language_coefficient or knobs.likelihood_coefficient
             logprobs = answer_logprobs(self.model, states, rows) if reads else None  # [B, K, R]

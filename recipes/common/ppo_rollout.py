@@ -57,7 +57,6 @@ class Answers:
 class Rollout:
     """The B answers that are learned from. R: tokens of the longest one."""
 
-    rows: Rows  # their prompts, each with its answers behind it
     answers: int  # to each prompt: K; the answers 0 to K - 1 are to the first
     mask: Tensor  # [B, R], 1 on an answer's real tokens, its stop token included
     logprobs: Tensor  # [B, R], under the policy that answered, pi_old
@@ -164,13 +163,28 @@ def answer_with_vllm(engine: Any, prompts: list[list[int]], longest: int, stop: 
 # ---------------------------------------------------------------- rewards
 
 
-def rows_of(models: Models, answers: Answers, chosen: list[int], count: int, device: Any) -> Rows:
-    """Some of the answers as rows, a prompt with `count` of them a row; those of one prompt stand next to each other."""
+def rows_of(
+    models: Models, answers: Answers, chosen: list[int], count: int, device: Any, longest: int | None = None
+) -> Rows:
+    """Some of the answers with their prompts, `count` to each, as shared rows; those to one prompt stand next to each other."""
     from recipes.common.shared_prompts import Rows, share
 
     prompts = [answers.prompts[i] for i in chosen[::count]]
     theirs = [[answers.ids[i] for i in chosen[start : start + count]] for start in range(0, len(chosen), count)]
-    return Rows(*(field.to(device) for field in share(prompts, theirs, models.tokenizer.pad_token_id)))  # type: ignore[arg-type]
+    rows = share(prompts, theirs, models.tokenizer.pad_token_id, longest)  # type: ignore[arg-type]
+    return Rows(*(field.to(device) for field in rows))
+
+
+def tokens_of(rollout: Rollout) -> int:
+    """Of the answers that are learned from and their prompts, each once."""
+    prompts = sum(len(rollout.all.prompts[i]) for i in rollout.kept[:: rollout.answers])
+    return prompts + sum(len(rollout.all.ids[i]) for i in rollout.kept)
+
+
+def whole_prompts(chosen: list[int], count: int, answers: int) -> Iterator[list[int]]:
+    """The answers in order, `answers` of them at a time at most, none parted from the `count` to its prompt."""
+    size = max(1, answers // count) * count
+    yield from (chosen[start : start + size] for start in range(0, len(chosen), size))
 
 
 def model_scores(
@@ -183,17 +197,15 @@ def model_scores(
     import torch
 
     from recipes.common.rlhf import answer_scores, shared_states
-    from recipes.common.shared_prompts import batches
     from recipes.common.verifiable_rewards import checked
 
     assert models.reward_model is not None
     reward_model = accelerator.unwrap_model(models.reward_model)
     with timed(answers.seconds, "score"), torch.no_grad(), accelerator.autocast():
-        rows = rows_of(models, answers, list(range(len(answers.ids))), count, accelerator.device)
-        parts = [
-            answer_scores(reward_model, shared_states(reward_model, some), some).flatten()
-            for some in batches(rows, args.per_device_train_batch_size)
-        ]
+        parts = []
+        for some in whole_prompts(list(range(len(answers.ids))), count, args.per_device_train_batch_size):
+            rows = rows_of(models, answers, some, count, accelerator.device)
+            parts.append(answer_scores(reward_model, shared_states(reward_model, rows), rows).flatten())
         scores = torch.cat(parts)
         checked(scores.tolist(), len(scores), "ppo.reward_model")
     scale = reward_model.config
@@ -241,22 +253,22 @@ def read(
 
     from recipes.common.policy_figures import start_model
     from recipes.common.rlhf import answers_told
-    from recipes.common.shared_prompts import batches
 
-    rows, parts = rows_of(models, answers, kept, count, accelerator.device), []
+    parts: list[tuple[Any, ...]] = []
+    longest = max(len(answers.ids[i]) for i in kept)
     policy = accelerator.unwrap_model(models.learner).policy
     apart = accelerator.unwrap_model(models.reference) if models.reference is not None else None
     with timed(answers.seconds, "read"), torch.no_grad(), accelerator.autocast():
-        for some in batches(rows, args.per_device_train_batch_size):
-            told = models.learner(some, with_entropy=True)
+        for some in whole_prompts(kept, count, args.per_device_train_batch_size):
+            rows = rows_of(models, answers, some, count, accelerator.device, longest)
+            told = models.learner(rows, with_entropy=True)
             with start_model(policy, apart) as reference:
-                _, logprobs, _ = answers_told(reference, some)
-            parts.append((told.logprobs, logprobs.flatten(0, 1), told.values, told.entropy))
-    logprobs, reference, values, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+                _, logprobs, _ = answers_told(reference, rows)
+            parts.append((rows.mask.flatten(0, 1), told.logprobs, logprobs.flatten(0, 1), told.values, told.entropy))
+    mask, logprobs, reference, values, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return Rollout(
-        rows=rows,
         answers=count,
-        mask=rows.mask.flatten(0, 1),
+        mask=mask,
         logprobs=logprobs,
         reference=reference,
         values=values,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from recipes.common.errors import UserError
 from recipes.common.generation import positions_of
 from recipes.common.sharding import gathered
-from recipes.common.shared_prompts import Rows, at_columns, attention_mask
+from recipes.common.shared_prompts import Rows, at_places, attention_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -320,35 +320,35 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
 
 
 def shared_states(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """`backbone_states` of shared rows: [B, L, H]."""
-    return backbone_states(model, rows.input_ids, attention_mask(rows.branch, model.config), rows.position_ids)
+    """`backbone_states` of shared rows: [M, L, H]."""
+    return backbone_states(model, rows.input_ids, attention_mask(rows, model.config), rows.position_ids)
 
 
 def answer_logprobs(model: Any, states: Tensor, rows: Rows) -> Tensor:
     """log p(y_t | x, y_<t) of every answer token by the word embeddings, which are the output head too: last hidden states
-    [B, L, H] -> [B, K, R], 0 on padding."""
+    [M, L, H] -> [B, K, R], 0 on padding."""
     real = rows.mask.bool()
-    before = at_columns(states, rows.before)[real]  # [T, H]
+    before = at_places(states, rows.before)[real]  # [T, H]
     table = gathered(model.get_input_embeddings().weight).to(before.dtype)  # [V, H]
-    told = token_logprobs(before @ table.T, at_columns(rows.input_ids, rows.at)[real])  # [T]
+    told = token_logprobs(before @ table.T, at_places(rows.input_ids, rows.at)[real])  # [T]
     return torch.zeros(real.shape, device=told.device).masked_scatter(real, told.float())
 
 
 def token_scores(model: Any, states: Tensor, rows: Rows, logprobs: Tensor | None = None) -> Tensor:
-    """What an answer's score would be, were each of its tokens the last: last hidden states [B, L, H] -> [B, K, R] in fp32.
+    """What an answer's score would be, were each of its tokens the last: last hidden states [M, L, H] -> [B, K, R] in fp32.
 
         score = head(h_t) + config.reward_likelihood * sum_{i <= t} log p(y_i | x, y_<i)
 
     The head is what `AutoModelForSequenceClassification` gives. `logprobs`: `answer_logprobs`, where they are known.
     """
-    told = score_head(model, at_columns(states, rows.at))
+    told = score_head(model, at_places(states, rows.at))
     if weight := getattr(model.config, "reward_likelihood", 0.0):
         told = told + weight * (answer_logprobs(model, states, rows) if logprobs is None else logprobs).cumsum(dim=2)
     return told
 
 
 def answer_scores(model: Any, states: Tensor, rows: Rows, logprobs: Tensor | None = None) -> Tensor:
-    """The score of each answer, that of its last token: [B, L, H] -> [B, K] in fp32."""
+    """The score of each answer, that of its last token: [M, L, H] -> [B, K] in fp32."""
     last = (rows.mask.sum(dim=2, keepdim=True) - 1).clamp(min=0)  # [B, K, 1]
     return token_scores(model, states, rows, logprobs).gather(2, last).squeeze(2)
 
@@ -376,24 +376,27 @@ def check_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def answers_told(model: Any, rows: Rows, with_entropy: bool = False, **options: Any) -> tuple[Any, Tensor, Any]:
     """A causal model's output on shared rows, the log-probability of every answer token, [B, K, R], and, if asked for, the
-    entropy of the distribution that it was drawn from, [B, K, R].
+    entropy of the distribution that it was drawn from, [B, K, R]; 0 on padding. The output's logits are [1, T, V].
 
-    Only the columns from the prompts' last on reach the vocabulary. On padding the figures mean nothing.
+    Only the T places that an answer token follows reach the vocabulary.
     """
-    first = int(rows.before.min())  # the column of the prompts' last token
-    out = model(
-        input_ids=rows.input_ids,
-        attention_mask=attention_mask(rows.branch, model.config),
-        position_ids=rows.position_ids,
-        logits_to_keep=rows.input_ids.shape[1] - first,
-        use_cache=False,
-        **options,
-    )
-    logits, before = out.logits.float(), rows.before - first  # [B, C, V]
-    tokens = at_columns(rows.input_ids, rows.at)  # [B, K, R]
-    prompt = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-    logprobs = logits[prompt, before, tokens] - at_columns(logits.logsumexp(dim=-1), before)
-    return out, logprobs, at_columns(token_entropy(logits), before) if with_entropy else None
+    real = rows.mask.bool()
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, states: at_places(states[0], rows.before[real])[None])
+    try:
+        out = model(
+            input_ids=rows.input_ids,
+            attention_mask=attention_mask(rows, model.config),
+            position_ids=rows.position_ids,
+            use_cache=False,
+            **options,
+        )
+    finally:
+        handle.remove()
+    logits = out.logits[0].float()  # [T, V]
+    nothing = logits.new_zeros(real.shape)  # [B, K, R]
+    logprobs = nothing.masked_scatter(real, token_logprobs(logits, at_places(rows.input_ids, rows.at[real])))
+    return out, logprobs, nothing.masked_scatter(real, token_entropy(logits)) if with_entropy else None
 
 
 def next_token_loss(model: nn.Module, text: Tensor) -> Tensor:
@@ -476,13 +479,13 @@ class ActorCritic(nn.Module):
             self.policy, rows, with_entropy, output_hidden_states=self.critic is None
         )  # [B, K, R]
         if self.critic is None:
-            states = at_columns(out.hidden_states[-1], rows.before)  # [B, K, R, H]
+            states = at_places(out.hidden_states[-1], rows.before)  # [B, K, R, H]
             states = states.detach() if critic_only else states
             with torch.autocast(states.device.type, enabled=False):
                 # DeepSpeed in 16 bits has the head in them too
                 values = F.linear(states.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)
         else:
-            states = at_columns(shared_states(self.critic, rows), rows.before)
+            states = at_places(shared_states(self.critic, rows), rows.before)
             values = (score_head(self.critic, states) - self.mean) / self.std
         return Told(
             logprobs.flatten(0, 1),

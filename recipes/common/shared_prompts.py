@@ -1,18 +1,19 @@
-"""One row for all answers to a prompt: the prompt is read once, and no answer sees another.
+"""One row for all answers to a prompt: the prompt is read once, and no answer sees another. Short ones share a row.
 
-    row          x1 x2 x3 | a1 a2 | b1 b2 b3       prompt x, answers a and b
-    positions     0  1  2 |  3  4 |  3  4  5       each answer comes right after the prompt
-    branch        0  0  0 |  1  1 |  2  2  2       a token sees branch 0 and its own, up to itself
+    row          x1 x2 x3 | a1 a2 | b1 b2 b3 | y1 y2 | c1       prompt x, answers a and b; prompt y, answer c
+    positions     0  1  2 |  3  4 |  3  4  5 |  0  1 |  2       each answer comes right after its prompt
+    prompt        0  0  0 |  0  0 |  0  0  0 |  1  1 |  1       a token sees its own prompt, branch 0,
+    branch        0  0  0 |  1  1 |  2  2  2 |  0  0 |  1       and its own branch, up to itself
 
 K answers to a prompt of P tokens, A tokens each, are P + K A tokens, where a row for each answer takes K (P + A). All that
 is computed of an answer is what it would be alone: prefix sharing, Wang & Hegde 2024, https://arxiv.org/abs/2410.20305
 
-Shapes: B prompts, K answers at most to one of them, L tokens a row, R tokens of the longest answer.
+Shapes: M rows of L tokens, B prompts, K answers at most to one of them, R tokens of the longest answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipes.common.errors import UserError
@@ -22,74 +23,82 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Prompts padded on the left and their answers behind them, padded on the right."""
+    """Prompts, each with its answers behind it, one after the other in as few rows as they fit in; padded on the right."""
 
-    input_ids: Tensor  # [B, L]
-    position_ids: Tensor  # [B, L]
-    branch: Tensor  # [B, L]: 0 of the prompt, k of its k-th answer, -1 of padding
-    before: Tensor  # [B, K, R]: the column of the token that each answer token follows
-    at: Tensor  # [B, K, R]: the column of the answer token itself
-    mask: (
-        Tensor  # [B, K, R]: 1 on the answers' tokens; padding has 0, and the prompt's last column in `before` and `at`
-    )
+    input_ids: Tensor  # [M, L]
+    position_ids: Tensor  # [M, L]
+    prompt: Tensor  # [M, L]: which prompt's, -1 of padding
+    branch: Tensor  # [M, L]: 0 of a prompt, k of its k-th answer, -1 of padding
+    # of the token that each answer token follows, and of the answer token itself: its place among all M * L
+    before: Tensor  # [B, K, R]
+    at: Tensor  # [B, K, R]
+    mask: Tensor  # [B, K, R]: 1 on the answers' tokens; padding has 0, and its prompt's last token in `before` and `at`
 
 
-def share(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], fill: int) -> Rows:
-    """Token ids of B prompts, and of the answers to each, as rows. Raises ValueError for an empty prompt or answer."""
+def share(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], fill: int, longest: int | None = None
+) -> Rows:
+    """Token ids of B prompts, and of the answers to each, as rows of the length of the longest of them.
+
+    `longest`: R, by default the longest answer's. Raises ValueError for an empty prompt or answer.
+    """
     import torch
 
     if not all(prompts) or not all(answer for some in answers for answer in some):
         raise ValueError("a prompt or an answer has no token")
-    width = max(map(len, prompts))
-    length = width + max(sum(map(len, some)) for some in answers)
-    most, longest = max(map(len, answers)), max(len(answer) for some in answers for answer in some)
-    input_ids = torch.full((len(prompts), length), fill)
+    lengths = [len(prompt) + sum(map(len, some)) for prompt, some in zip(prompts, answers, strict=True)]
+    places, count, length = first_fit(lengths), 0, max(lengths)
+    count = 1 + max(row for row, _ in places)
+    most = max(map(len, answers))
+    longest = longest or max(len(answer) for some in answers for answer in some)
+    input_ids = torch.full((count, length), fill)
     position_ids, branch = torch.zeros_like(input_ids), torch.full_like(input_ids, -1)
-    before = torch.full((len(prompts), most, longest), width - 1)
+    of = branch.clone()
+    before = torch.zeros((len(prompts), most, longest), dtype=torch.long)
     at, mask = before.clone(), torch.zeros_like(before)
-    for b, (prompt, some) in enumerate(zip(prompts, answers, strict=True)):
-        place = slice(width - len(prompt), width)
-        input_ids[b, place] = torch.tensor(prompt)
-        position_ids[b, place] = torch.arange(len(prompt))
-        branch[b, place] = 0
-        start = width
+    for n, (prompt, some, (row, first)) in enumerate(zip(prompts, answers, places, strict=True)):
+        start, flat = first + len(prompt), row * length
+        of[row, first : first + lengths[n]] = n
+        input_ids[row, first:start] = torch.tensor(prompt)
+        position_ids[row, first:start] = torch.arange(len(prompt))
+        branch[row, first:start] = 0
+        before[n] = at[n] = flat + start - 1
         for k, answer in enumerate(some):
             end = start + len(answer)
-            input_ids[b, start:end] = torch.tensor(answer)
-            position_ids[b, start:end] = torch.arange(len(prompt), len(prompt) + len(answer))
-            branch[b, start:end] = k + 1
-            at[b, k, : len(answer)] = torch.arange(start, end)
-            before[b, k, 1 : len(answer)] = torch.arange(start, end - 1)
-            mask[b, k, : len(answer)] = 1
+            input_ids[row, start:end] = torch.tensor(answer)
+            position_ids[row, start:end] = torch.arange(len(prompt), len(prompt) + len(answer))
+            branch[row, start:end] = k + 1
+            at[n, k, : len(answer)] = torch.arange(flat + start, flat + end)
+            before[n, k, 1 : len(answer)] = torch.arange(flat + start, flat + end - 1)
+            mask[n, k, : len(answer)] = 1
             start = end
-    return Rows(input_ids, position_ids, branch, before, at, mask)
+    return Rows(input_ids, position_ids, of, branch, before, at, mask)
 
 
-def take(rows: Rows, chosen: Tensor) -> Rows:
-    """Some of the prompts, without the columns that are padding in all of them."""
-    some = Rows(*(field[chosen] for field in rows))
-    used = (some.branch >= 0).any(dim=0).nonzero()  # columns
-    first, end = int(used[0]), int(used[-1]) + 1
-    ids, positions, branch = (field[:, first:end] for field in some[:3])
-    return Rows(ids, positions, branch, some.before - first, some.at - first, some.mask)
+def first_fit(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each goes, its row and first column, if rows are as long as the longest: longest first, each into the first row
+    that still has the room."""
+    room: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[n]), len(room))
+        if row == len(room):
+            room.append(max(lengths))
+        places[n] = row, max(lengths) - room[row]
+        room[row] -= lengths[n]
+    return places
 
 
-def batches(rows: Rows, answers: int) -> Iterator[Rows]:
-    """The prompts in order, with at most so many answers at a time (one prompt's, if it has more)."""
+def visible(rows: Rows) -> Tensor:
+    """What each token may look at: [M, 1, L, L]. Padding sees the padding before it, so that no softmax is over nothing."""
     import torch
 
-    for chosen in torch.arange(len(rows.mask)).split(max(1, answers // rows.mask.shape[1])):
-        yield take(rows, chosen)
-
-
-def visible(branch: Tensor) -> Tensor:
-    """What each token may look at: [B, L] -> [B, 1, L, L]. Padding sees itself, so that no softmax is over nothing."""
-    import torch
-
-    looks, seen = branch[:, :, None], branch[:, None, :]
+    prompt, branch = rows.prompt, rows.branch
     here = torch.arange(branch.shape[1], device=branch.device)
     earlier = here[:, None] >= here[None, :]
-    return (earlier & ((seen == 0) | (seen == looks)) & (seen >= 0) | (here[:, None] == here[None, :]))[:, None]
+    own = prompt[:, :, None] == prompt[:, None, :]
+    reads = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    return (earlier & own & reads)[:, None]
 
 
 def check_kernel(config: Any) -> None:
@@ -109,7 +118,7 @@ def check_apart(model: Any) -> None:
     """Raise UserError for a model in which an answer is not what it would be alone: attention is told by a mask what not to
     look at, a recurrence or a convolution runs over all that stands in the row.
 
-    What the config tells comes first; then the model itself is asked, about a row of two short answers and each alone. Not
+    What the config tells comes first; then the model itself is asked, about rows of two short answers and each alone. Not
     where no process holds its weights.
     """
     import inspect
@@ -126,18 +135,19 @@ def check_apart(model: Any) -> None:
         weights = list(model.parameters())
         if launched_with() == "FSDP" or any(weight.is_meta or hasattr(weight, "ds_id") for weight in weights):
             return
-        prompts, answers = [[3, 4, 5, 6, 7], [8, 9]], [[[10, 11], [12, 13, 14]], [[15, 16, 17], [18, 19]]]
+        prompts = [[3, 4, 5, 6, 7], [8, 9], [10]]  # the latter two share a row
+        answers = [[[10, 11], [12, 13, 14]], [[15, 16], [18]], [[19, 20], [21, 22]]]
         rows = Rows(*(field.to(model.device) for field in share(prompts, answers, 0)))
         with inference(model):
-            mask = attention_mask(rows.branch, model.config)
+            mask = attention_mask(rows, model.config)
             asked = {"use_cache": False, "output_hidden_states": True}
             told = model(rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, **asked)
-            states = at_columns(told.hidden_states[-1], rows.at).float()  # [B, K, R, H]
+            states = at_places(told.hidden_states[-1], rows.at).float()  # [B, K, R, H]
             alone = torch.zeros_like(states)
-            for b, prompt in enumerate(prompts):
-                for k, answer in enumerate(answers[b]):
+            for n, prompt in enumerate(prompts):
+                for k, answer in enumerate(answers[n]):
                     ids = torch.tensor([[*prompt, *answer]], device=model.device)
-                    alone[b, k, : len(answer)] = model(ids, **asked).hidden_states[-1][0, len(prompt) :]
+                    alone[n, k, : len(answer)] = model(ids, **asked).hidden_states[-1][0, len(prompt) :]
         states = states * rows.mask[..., None]
         if (states - alone).norm() < (1e-3 if model.dtype == torch.float32 else 0.1) * alone.norm():
             return
@@ -173,20 +183,18 @@ def check_window(config: Any, longest: int) -> None:
         )
 
 
-def attention_mask(branch: Tensor, config: Any) -> Tensor:
-    """`visible`, [B, 1, L, L], in the form that the attention of a model with this config takes: "sdpa" a boolean,
+def attention_mask(rows: Rows, config: Any) -> Tensor:
+    """`visible`, [M, 1, L, L], in the form that the attention of a model with this config takes: "sdpa" a boolean,
     "eager" what is added to the scores. Raises UserError as `check_kernel`."""
     import torch
 
     check_kernel(config)
-    see = visible(branch)
+    see = visible(rows)
     if config._attn_implementation == "sdpa":
         return see
     return torch.zeros(see.shape, device=see.device).masked_fill(~see, torch.finfo(torch.float32).min)
 
 
-def at_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """What stands at some columns of each row: [B, L, ...] and [B, K, R] -> [B, K, R, ...]."""
-    import torch
-
-    return x[torch.arange(len(x), device=x.device)[:, None, None], columns]
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """What stands at some places of the rows: [M, L, ...] and [B, K, R] -> [B, K, R, ...]."""
+    return x.flatten(0, 1)[places]

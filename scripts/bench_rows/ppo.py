@@ -95,7 +95,7 @@ def ppo(steps: int, rounds: int) -> dict[str, Any]:
         (folder / "prompts.jsonl").write_text("".join(lines))
         (folder / "settings.json").write_text(json.dumps(settings))
         config = {
-            "model": {"name": str(folder / "policy")},
+            "model": {"name": str(folder / "policy"), "attention": "eager"},  # as in the laptop config
             "data": {"name": str(folder / "prompts.jsonl"), "max_validation_samples": 8},
             "ppo": {
                 "reward_model": str(folder / "reward"),

@@ -73,6 +73,9 @@ class Setup:
             longest=longest, seed=seed, answers=self.config.ppo.answers, oversample=oversample,
         )  # fmt: skip
 
+    def rows_of(self, rollout: ppo_rollout.Rollout) -> Any:
+        return ppo_rollout.rows_of(self.models, rollout.all, rollout.kept, rollout.answers, "cpu")
+
     def update(self, rollout: ppo_rollout.Rollout, beta: float = 0.05, **more: Any) -> dict[str, float]:
         return ppo.update(self.models, self.optimizer, rollout, beta, self.config, self.accelerator, seed=0, **more)
 

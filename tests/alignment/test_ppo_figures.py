@@ -107,7 +107,7 @@ def test_an_entropy_bonus_adds_its_own_gradient_upwards(tiny, judge):
         setup = Setup(tiny, judge, micro=8, epochs=1, entropy_coefficient=coefficient)
         setup.config.training.max_grad_norm = 0.0
         rollout = setup.collect()
-        entropy = rlhf.masked_mean(setup.model(rollout.rows, with_entropy=True).entropy, rollout.mask)
+        entropy = rlhf.masked_mean(setup.model(setup.rows_of(rollout), with_entropy=True).entropy, rollout.mask)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(entropy, list(setup.policy.parameters()))])
         setup.update(rollout)
         after[coefficient] = weights_of(setup.policy)

@@ -82,6 +82,13 @@ def test_critic_started_from_the_reward_model_ends_at_the_reward(tiny, judge):
     torch.testing.assert_close(values[torch.arange(8), last], rollout.rewards, atol=1e-5, rtol=1e-5)
 
 
+def test_a_batch_holds_whole_prompts_and_so_many_answers_at_most():
+    chosen = list(range(10, 20))  # two to a prompt
+    sizes = [[len(some) for some in ppo_rollout.whole_prompts(chosen, 2, most)] for most in (1, 4, 5, 99)]
+    assert sizes == [[2] * 5, [4, 4, 2], [4, 4, 2], [10]]
+    assert sum(ppo_rollout.whole_prompts(chosen, 2, 4), []) == chosen
+
+
 def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any = None, **knobs: object) -> list[float]:
     """`ppo.reward` of four answers, the last without an end, that a reward model with this scale scores 2, 6, 100 and 6."""
     from types import SimpleNamespace

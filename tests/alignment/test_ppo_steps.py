@@ -88,22 +88,23 @@ def test_response_logits_are_those_that_choose_the_response(tiny, judge):
 
 
 def test_in_an_update_only_the_logits_that_choose_an_answers_tokens_get_a_gradient(tiny, judge, monkeypatch):
-    """The update itself: as many as there are tokens in the answers; those of prompts and padding get exactly 0."""
+    """The update itself: the vocabulary is reached once a token of the answers, from prompts and padding never."""
     setup = Setup(tiny, judge, micro=8, epochs=1)
     answer_in_lengths(monkeypatch, setup.tokenizer)
     rollout = setup.collect()
     seen: list[torch.Tensor] = []
 
-    def watch(module, arguments, logits):
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: seen.append(gradient.abs().sum(dim=-1)))
+    def watch(module, arguments, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.append(gradient.abs().sum(dim=-1)))
 
-    handle = setup.policy.lm_head.register_forward_hook(watch)
+    handles = [part.register_forward_hook(watch) for part in (setup.policy.model.norm, setup.policy.lm_head)]
     setup.update(rollout)
-    handle.remove()
-    (gradient,) = seen  # [B, columns]
-    assert (gradient > 0).sum(dim=1).tolist() == [1, 2, 3, 4, 5, 1, 2, 3] == rollout.mask.sum(dim=1).tolist()
-    assert gradient.numel() > 21
+    for handle in handles:
+        handle.remove()
+    logits, states = seen  # [1, T], [M, L]
+    assert logits.numel() == (logits > 0).sum() == 21 == rollout.mask.sum()
+    assert (states > 0).sum() == 21 and states.numel() > 60
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
@@ -288,7 +289,7 @@ def test_a_step_is_the_policy_gradient_of_the_advantages_that_the_settings_say(t
     for rows in {"global": [slice(0, 8)], "prompt": [slice(i, i + 2) for i in (0, 2, 4, 6)], "none": []}[whitening]:
         real = advantages[rows][mask[rows].bool()]
         advantages[rows] = (advantages[rows] - real.mean()) / (real.var(correction=0) + 1e-8).sqrt()
-    told = setup.model(rollout.rows)
+    told = setup.model(setup.rows_of(rollout))
     loss = -(told.logprobs * advantages * mask).sum() / mask.sum()
     expected = [p.detach() - 0.5 * g for p, g in zip(
         setup.policy.parameters(), torch.autograd.grad(loss, list(setup.policy.parameters())), strict=True

@@ -134,7 +134,7 @@ def shared(rows):
 
 def states_of(model, rows):
     """Their last hidden states."""
-    mask = attention_mask(rows.branch, model.config)
+    mask = attention_mask(rows, model.config)
     return model.model(rows.input_ids, mask, position_ids=rows.position_ids).last_hidden_state
 
 
@@ -166,7 +166,7 @@ def test_a_score_adds_the_answers_log_likelihood_to_the_head_and_teaches_both(sc
     torch.testing.assert_close(found, plain + 0.5 * likely.sum(dim=2))
     assert torch.equal(rlhf.answer_scores(scorer, states, rows, likely), found)
     so_far = rlhf.token_scores(scorer, states, rows)  # [1, 2, 3]
-    head = rlhf.score_head(scorer, states[0, rows.at[0, 1, 0]])
+    head = rlhf.score_head(scorer, states.flatten(0, 1)[rows.at[0, 1, 0]])
     torch.testing.assert_close(so_far[0, 1, 0], head + 0.5 * likely[0, 1, 0])  # after the answer's first token
     assert torch.equal(so_far[0, [0, 1], [2, 1]], found[0])
     table = scorer.get_input_embeddings().weight.requires_grad_(True)

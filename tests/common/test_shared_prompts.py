@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.common.errors import UserError
 from recipes.common.shared_prompts import (
-    at_columns,
+    at_places,
     attention_mask,
-    batches,
     check_apart,
     check_window,
+    first_fit,
     share,
-    take,
     visible,
 )
 
@@ -23,41 +24,66 @@ ANSWERS = [[[20, 21], [22, 23, 24]], [[25, 26, 27, 28]]]
 
 
 def test_the_rows_of_a_small_example():
-    rows = share(PROMPTS, ANSWERS, fill=0)
-    assert rows.input_ids.tolist() == [[5, 6, 7, 20, 21, 22, 23, 24], [0, 8, 9, 25, 26, 27, 28, 0]]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5], [0, 0, 1, 2, 3, 4, 5, 0]]
-    assert rows.branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [-1, 0, 0, 1, 1, 1, 1, -1]]
-    assert rows.mask.tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
+    rows = share([*PROMPTS, [10]], [*ANSWERS, [[29], [30]]], fill=0)
+    assert rows.input_ids.tolist() == [
+        [5, 6, 7, 20, 21, 22, 23, 24],
+        [8, 9, 25, 26, 27, 28, 0, 0],
+        [10, 29, 30, *[0] * 5],
+    ]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 2, 3, 4, 5, 0, 0], [0, 1, 1, *[0] * 5]]
+    assert rows.prompt.tolist() == [[0] * 8, [1, 1, 1, 1, 1, 1, -1, -1], [2, 2, 2, *[-1] * 5]]
+    assert rows.branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, -1, -1], [0, 1, 2, *[-1] * 5]]
+    assert rows.mask.tolist() == [
+        [[1, 1, 0, 0], [1, 1, 1, 0]],
+        [[1, 1, 1, 1], [0, 0, 0, 0]],
+        [[1, 0, 0, 0], [1, 0, 0, 0]],
+    ]
     real = rows.mask.bool()
-    assert at_columns(rows.input_ids, rows.at)[real].tolist() == [20, 21, 22, 23, 24, 25, 26, 27, 28]
-    assert at_columns(rows.input_ids, rows.before)[real].tolist() == [7, 20, 7, 22, 23, 9, 25, 26, 27]
+    assert at_places(rows.input_ids, rows.at)[real].tolist() == [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]
+    assert at_places(rows.input_ids, rows.before)[real].tolist() == [7, 20, 7, 22, 23, 9, 25, 26, 27, 10, 10]
+    assert set(at_places(rows.input_ids, rows.at)[~real].tolist()) == {7, 9, 10}  # the prompts' last
 
 
-def test_some_of_the_prompts_lose_the_columns_that_only_others_need():
-    rows = share([*PROMPTS, [1, 2, 3, 4]], [*ANSWERS, [[29], [30]]], fill=0)
-    found, wanted = take(rows, torch.tensor([1])), share(PROMPTS[1:], ANSWERS[1:], fill=0)
-    for one, other in zip(found[:3], wanted[:3], strict=True):
-        assert torch.equal(one, other)
-    real = found.mask.bool()
-    assert at_columns(found.input_ids, found.at)[real].tolist() == [25, 26, 27, 28]
-    assert at_columns(found.input_ids, found.before)[real].tolist() == [9, 25, 26, 27]
+def test_short_prompts_share_a_row_and_answers_may_be_laid_wider_than_they_are():
+    prompts, answers = [[1], [2, 3, 4], [5], [6, 7]], [[[11]], [[12, 13, 14]], [[15, 16]], [[17], [18]]]
+    rows = share(prompts, answers, fill=0, longest=5)
+    assert rows.input_ids.tolist() == [[2, 3, 4, 12, 13, 14], [6, 7, 17, 18, 1, 11], [5, 15, 16, 0, 0, 0]]
+    assert rows.prompt.tolist() == [[1] * 6, [3, 3, 3, 3, 0, 0], [2, 2, 2, -1, -1, -1]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 2, 0, 1], [0, 1, 2, 0, 0, 0]]
+    assert rows.mask.shape == (4, 2, 5)
+    found = at_places(rows.input_ids, rows.at)[rows.mask.bool()]
+    assert found.tolist() == [11, 12, 13, 14, 15, 16, 17, 18]  # by prompt, wherever they stand
 
 
-def test_batches_hold_whole_prompts_and_so_many_answers_at_most():
-    prompts, answers = [[n, n + 1] for n in range(1, 6)], [[[7], [8, 9]]] * 5
-    sizes = [[len(some.mask) for some in batches(share(prompts, answers, fill=0), most)] for most in (1, 4, 5, 99)]
-    assert sizes == [[1, 1, 1, 1, 1], [2, 2, 1], [2, 2, 1], [5]]
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+def test_first_fit_lays_all_without_overlap_in_few_rows(lengths):
+    longest, taken = max(lengths), {}
+    for length, (row, first) in zip(lengths, first_fit(lengths), strict=True):
+        assert first >= 0 and first + length <= longest
+        columns = taken.setdefault(row, set())
+        assert not columns & set(range(first, first + length))
+        columns |= set(range(first, first + length))
+    assert sorted(taken) == list(range(len(taken)))
+    halves = [row for row, columns in taken.items() if 2 * len(columns) <= longest]
+    assert len(halves) <= 1  # two of them would have been one
+    for columns in taken.values():
+        assert columns == set(range(len(columns)))  # no holes
 
 
 def test_a_token_sees_its_prompt_and_its_own_answer_up_to_itself():
-    seen = visible(share(PROMPTS, ANSWERS, fill=0).branch)[:, 0]
+    prompts, answers = [*PROMPTS, [1, 2]], [*ANSWERS, [[3], [4]]]
+    seen = visible(share(prompts, answers, fill=0))[:, 0]
     assert [seen[0, i].nonzero().flatten().tolist() for i in (2, 4, 7)] == [
         [0, 1, 2],
         [0, 1, 2, 3, 4],
         [0, 1, 2, 5, 6, 7],
     ]
-    assert seen[1, 6].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6]  # not the padding before the prompt
-    assert seen.any(dim=-1).all()
+    assert seen[1, 5].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    beside = visible(share([[5] * 9, *PROMPTS[1:]], [[[6]], *ANSWERS[1:]], fill=0))[:, 0]
+    assert beside.shape == (2, 10, 10) and beside.any(dim=-1).all()  # padding too
+    together = visible(share([[5] * 11, [8, 9], [1, 2]], [[[6]], [[25, 26]], [[3], [4]]], fill=0))[1, 0]
+    assert together[5].nonzero().flatten().tolist() == [4, 5]  # of the second prompt in the row
+    assert together[7].nonzero().flatten().tolist() == [4, 5, 7]
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
@@ -68,11 +94,13 @@ def test_every_answer_is_computed_as_if_it_were_alone_gradients_too(kernel):
         num_key_value_heads=2, attn_implementation=kernel,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    rows = share(PROMPTS, ANSWERS, fill=0)
-    mask = attention_mask(rows.branch, model.config)
-    logits = at_columns(model(rows.input_ids, mask, position_ids=rows.position_ids).logits, rows.before)
+    prompts, answers = [*PROMPTS, [10, 11], [12]], [*ANSWERS, [[29], [30]], [[31, 32]]]
+    rows = share(prompts, answers, fill=0)
+    assert rows.input_ids.shape == (3, 8)  # the last two in one
+    mask = attention_mask(rows, model.config)
+    logits = at_places(model(rows.input_ids, mask, position_ids=rows.position_ids).logits, rows.before)
     losses, alone = [], []
-    for b, (prompt, some) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+    for b, (prompt, some) in enumerate(zip(prompts, answers, strict=True)):
         for k, answer in enumerate(some):
             found = logits[b, k, : len(answer)]
             wanted = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
@@ -90,7 +118,7 @@ def test_a_kernel_that_takes_no_mask_is_refused():
     config = LlamaConfig(num_hidden_layers=1)
     config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="sdpa, or eager"):
-        attention_mask(torch.zeros(1, 2, dtype=torch.long), config)
+        attention_mask(share([[5]], [[[6]]], fill=0), config)
 
 
 SIZES = {
