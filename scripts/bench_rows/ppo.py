@@ -95,7 +95,8 @@ def ppo(steps: int, rounds: int) -> dict[str, Any]:
         (folder / "prompts.jsonl").write_text("".join(lines))
         (folder / "settings.json").write_text(json.dumps(settings))
         config = {
-            "model": {"name": str(folder / "policy"), "attention": "eager"},  # as in the laptop config
+            # the laptop config's choice on a processor
+            "model": {"name": str(folder / "policy"), "attention": "sdpa" if machine.has_gpu() else "eager"},
             "data": {"name": str(folder / "prompts.jsonl"), "max_validation_samples": 8},
             "ppo": {
                 "reward_model": str(folder / "reward"),

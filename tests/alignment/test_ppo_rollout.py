@@ -86,7 +86,7 @@ def test_a_batch_holds_whole_prompts_and_so_many_answers_at_most():
     chosen = list(range(10, 20))  # two to a prompt
     sizes = [[len(some) for some in ppo_rollout.whole_prompts(chosen, 2, most)] for most in (1, 4, 5, 99)]
     assert sizes == [[2] * 5, [4, 4, 2], [4, 4, 2], [10]]
-    assert sum(ppo_rollout.whole_prompts(chosen, 2, 4), []) == chosen
+    assert [i for some in ppo_rollout.whole_prompts(chosen, 2, 4) for i in some] == chosen
 
 
 def rewards_by_hand(monkeypatch, scale: dict[str, float] | None, function: Any = None, **knobs: object) -> list[float]:
