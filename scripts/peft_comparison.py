@@ -65,7 +65,7 @@ class Base:
 ALIKE = {"model.attention": "eager", "training.torch_compile": "false", "data.validation_split": "test"}
 BASES = {
     "llama": Base(
-        "LLaMA", "questions that can be checked, and questions about the standard library", "CAUSAL_LM", "exact_match", 1400,
+        "LLaMA", "questions that can be checked, and questions about the standard library", "CAUSAL_LM", "exact_match", 1100,
         ALIKE | {
             "model.name": "runs/llama/default/model", "data.name": "[tasks, pydocs_qa]", "data.max_validation_samples": 1000,
             "evaluation.max_samples": 800, "evaluation.batch_size": 100, "evaluation.max_new_tokens": 24,
@@ -120,7 +120,7 @@ METHODS = {  # the order of the table
         "P-tuning v2", PROMPT, "classification and tagging with a frozen model, small ones too; sensitive to prompt length",
         llama={
             "training.max_length": 64, "training.train_sampling_strategy": "group_by_length",
-            "training.per_device_train_batch_size": 32, "training.per_device_eval_batch_size": 32,
+            "training.per_device_train_batch_size": 64, "training.per_device_eval_batch_size": 32,
         },  # as prefix_tuning: its laptop config is for tagging
     ),
     "lora": Method(
@@ -159,8 +159,8 @@ def arguments(base: str, method: str, steps: int) -> dict[str, Any]:
     about, model = METHODS[method], BASES[base]
     own = about.llama if base == "llama" else about.bert
     said = {**model.arguments, f"{about.section or method}.task_type": model.task_type, "training.max_steps": steps}
-    if method == "adalora":  # its schedule of 1400 steps, in proportion
-        said |= {"adalora.tinit": steps * 200 // 1400, "adalora.tfinal": steps * 500 // 1400}
+    if method == "adalora":  # its schedule of 1100 steps, in proportion
+        said |= {"adalora.tinit": steps * 160 // 1100, "adalora.tfinal": steps * 400 // 1100}
     return said | dict(own or {})
 
 
