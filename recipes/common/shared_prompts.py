@@ -47,11 +47,10 @@ def share(
     if not all(prompts) or not all(answer for some in answers for answer in some):
         raise ValueError("a prompt or an answer has no token")
     lengths = [len(prompt) + sum(map(len, some)) for prompt, some in zip(prompts, answers, strict=True)]
-    places, count, length = first_fit(lengths), 0, max(lengths)
-    count = 1 + max(row for row, _ in places)
+    places, length = first_fit(lengths), max(lengths)
     most = max(map(len, answers))
     longest = longest or max(len(answer) for some in answers for answer in some)
-    input_ids = torch.full((count, length), fill)
+    input_ids = torch.full((1 + max(row for row, _ in places), length), fill)
     position_ids, branch = torch.zeros_like(input_ids), torch.full_like(input_ids, -1)
     of = branch.clone()
     before = torch.zeros((len(prompts), most, longest), dtype=torch.long)
