@@ -159,6 +159,19 @@ def test_gradient_checkpointing_is_at_work_in_an_update(tiny, judge, preferences
     assert [row["ratio_error"] for row in map(json.loads, metrics) if "ratio_error" in row] == [0.0]
 
 
+def test_what_answered_is_what_learns_though_the_model_has_dropout(tiny, judge, preferences, tmp_path):
+    import shutil
+
+    wet = tmp_path / "wet"
+    shutil.copytree(tiny, wet)
+    config = json.loads((wet / "config.json").read_text())
+    (wet / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    short = {"ppo__rollouts": 32, "ppo__epochs": 1, "training__max_steps": 1, "evaluation__max_samples": 4}
+    assert run(wet, judge, preferences, tmp_path, **short) == 0
+    metrics = (tmp_path / "ppo" / "default" / "metrics.jsonl").read_text().splitlines()
+    assert [row["ratio_error"] for row in map(json.loads, metrics) if "ratio_error" in row] == [0.0]
+
+
 def test_policy_loads_as_a_plain_causal_model_without_value_head(trained, tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

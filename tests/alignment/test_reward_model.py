@@ -460,6 +460,60 @@ def test_the_trainers_loss_is_the_sum_of_what_the_config_asks_for(tiny, likeliho
     language = -logprobs[[0, 1], 0][told.mask[[0, 1], 0].bool()].mean()  # of the best answers, which come first here
     expected = expected + 0.3 * language
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    right = [scores[i] > scores[j] for i, j in ((0, 1), (0, 2), (1, 2), (3, 4))]
+    (accuracy,) = trainer.accuracies  # what the next line of the log will say
+    assert accuracy.item() == pytest.approx(sum(right).item() / 4) != 0.5
+
+
+def test_scores_are_read_without_dropout_and_training_goes_on_with_it(tiny):
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, attention_dropout=0.5).train()
+    rows = [
+        {"sequences": [[5, 9, 1], [5, 8, 8, 1], [5, 7, 1]], "ranks": [0, 1, 2], "start": 1, "length": 4},
+        {"sequences": [[6, 9, 9, 9, 1], [6, 8, 1]], "ranks": [0, 1], "start": 1, "length": 5},
+    ]
+    config = SimpleNamespace(evaluation=SimpleNamespace(batch_size=6), training=SimpleNamespace(bf16=False))
+    found = reward_model.score_all(model, Dataset.from_list(rows), SimpleNamespace(pad_token_id=0), config)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        alone = [[model(torch.tensor([ids])).logits.item() for ids in row["sequences"]] for row in rows]
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_batch_holds_rows_of_like_length_in_an_order_that_the_epoch_decides(tiny):
+    import random
+
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+    from recipes.common.sections import Data, Evaluation, Model, Run
+
+    rng = random.Random(0)
+    rows = [
+        {"sequences": [[5] * n, [5, 1]], "ranks": [0, 1], "start": 1, "length": n}
+        for n in (rng.randint(2, 50) for _ in range(400))
+    ]
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to="none", per_device_train_batch_size=8)
+    config = reward_model.Config(Model(), Data(), reward_model.Reward(), arguments, Evaluation(), Run())
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    data = Dataset.from_list(rows)
+    trainer = reward_model.make_trainer(model, AutoTokenizer.from_pretrained(tiny), data, data, config)
+    orders = []
+    for epoch in (0, 0, 1):
+        sampler = trainer._get_train_sampler()
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == list(range(400))
+    lengths = [rows[i]["length"] for i in orders[2]]
+    spread = [max(some) - min(some) for some in (lengths[at : at + 8] for at in range(0, 400, 8))]
+    assert sum(spread) / len(spread) < 5  # of 48; batches in no order would spread over 38
 
 
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tiny, preferences, tmp_path, monkeypatch):
