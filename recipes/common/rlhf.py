@@ -394,6 +394,7 @@ def answers_told(model: Any, rows: Rows, with_entropy: bool = False, **options: 
     finally:
         handle.remove()
     logits = out.logits[0].float()  # [T, V]
+    assert len(logits) == rows.mask.sum(), f"{type(model).__name__} does not call its output embeddings"
     nothing = logits.new_zeros(real.shape)  # [B, K, R]
     logprobs = nothing.masked_scatter(real, token_logprobs(logits, at_places(rows.input_ids, rows.at[real])))
     return out, logprobs, nothing.masked_scatter(real, token_entropy(logits)) if with_entropy else None

@@ -114,6 +114,42 @@ def test_every_answer_is_computed_as_if_it_were_alone_gradients_too(kernel):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32, "intermediate_size": None}),
+        ("GPTNeoX", {}),  # its head is called embed_out
+        ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.3}),
+        ("Cohere", {"num_key_value_heads": 2, "logit_scale": 0.1}),
+        ("Granite", {"num_key_value_heads": 2, "logits_scaling": 7.0}),
+    ],
+)
+def test_log_probabilities_and_entropies_are_those_of_the_models_own_logits(kind, more):
+    """Some cap or scale what comes out of their head."""
+    import transformers
+
+    from recipes.common.rlhf import answers_told, token_entropy
+
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**{**SIZES, **more})
+    ).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=2.0)  # so that a cap is felt
+    prompts, answers = [*PROMPTS, [10, 11]], [*ANSWERS, [[29], [30]]]
+    rows = share(prompts, answers, fill=0)
+    with torch.no_grad():
+        out, logprobs, entropy = answers_told(model, rows, with_entropy=True)
+        assert out.logits.shape == (1, 11, 40)
+        for b, (prompt, some) in enumerate(zip(prompts, answers, strict=True)):
+            for k, answer in enumerate(some):
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+                wanted = logits.log_softmax(-1)[range(len(answer)), answer]
+                torch.testing.assert_close(logprobs[b, k, : len(answer)], wanted, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(entropy[b, k, : len(answer)], token_entropy(logits), atol=1e-4, rtol=1e-4)
+    padding = rows.mask == 0
+    assert (logprobs[padding] == 0).all() and (entropy[padding] == 0).all()
+
+
 def test_a_kernel_that_takes_no_mask_is_refused():
     config = LlamaConfig(num_hidden_layers=1)
     config._attn_implementation = "flash_attention_2"
