@@ -7,10 +7,12 @@ module:function one of your own, on Python's path: function(answers: list[str], 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -50,7 +52,9 @@ REWARDS: dict[str, tuple[Reward, tuple[str, ...]]] = {  # by name: the function,
 
 
 def find(name: str, columns: Sequence[str]) -> Reward:
-    """The reward called `name`, for rows with these columns. Raises UserError if there is none, or a column is missing."""
+    """The reward called `name`, for rows with these columns. Raises UserError if there is none, or a column is missing; one of
+    the user's own, whatever it raises, does too.
+    """
     if name in REWARDS:
         function, needs = REWARDS[name]
         if missing := [column for column in needs if column not in columns]:
@@ -70,7 +74,19 @@ def find(name: str, columns: Sequence[str]) -> Reward:
             inspect.signature(function).bind([], [])
     except TypeError as error:
         raise UserError(f"the reward {name} cannot be called with answers and their rows: {error}") from error
-    return function
+
+    @functools.wraps(function)
+    def reward(answers: Sequence[str], rows: Sequence[Row]) -> Sequence[float]:
+        try:
+            return function(answers, rows)
+        except Exception as error:  # whatever its author did not think of
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"the reward {name} failed with {type(error).__name__}: {error} ({at.filename}:{at.lineno}); "
+                f"it was given {len(answers)} answers, the first of them {answers[0]!r}"
+            ) from error
+
+    return reward
 
 
 def checked(told: Sequence[float], count: int, key: str) -> list[float]:

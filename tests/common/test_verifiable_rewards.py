@@ -20,7 +20,16 @@ def test_the_last_number_counts_however_it_is_written() -> None:
 
 
 def test_a_function_of_ones_own_is_found_by_its_path() -> None:
-    assert find("operator:concat", []) is __import__("operator").concat
+    assert find("operator:concat", [])(["a"], [{}]) == ["a", {}]
+
+
+def test_what_goes_wrong_in_a_function_of_ones_own_is_said_in_a_line_with_its_place() -> None:
+    told = (
+        r"the reward tests.alignment.reward_functions:careless failed with KeyError: 'goal' "
+        r"\(.*reward_functions.py:18\); it was given 2 answers, the first of them 'a'"
+    )
+    with pytest.raises(UserError, match=told):
+        find("tests.alignment.reward_functions:careless", ["prompt"])(["a", "b"], [{"prompt": []}] * 2)
 
 
 @pytest.mark.parametrize(
