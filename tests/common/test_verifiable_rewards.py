@@ -26,7 +26,7 @@ def test_a_function_of_ones_own_is_found_by_its_path() -> None:
 def test_what_goes_wrong_in_a_function_of_ones_own_is_said_in_a_line_with_its_place() -> None:
     told = (
         r"the reward tests.alignment.reward_functions:careless failed with KeyError: 'goal' "
-        r"\(.*reward_functions.py:18\); it was given 2 answers, the first of them 'a'"
+        r"\(.*reward_functions.py:15\); it was given 2 answers, the first of them 'a'"
     )
     with pytest.raises(UserError, match=told):
         find("tests.alignment.reward_functions:careless", ["prompt"])(["a", "b"], [{"prompt": []}] * 2)
