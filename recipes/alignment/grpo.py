@@ -174,6 +174,8 @@ def frame_callback(trainer: Any, run: RunFolder) -> TrainerCallback:
     from safetensors.torch import save_file
     from transformers import TrainerCallback
 
+    from recipes.common.rlhf import FLAT_REWARDS
+
     name = f"answers-{trainer.accelerator.process_index}.safetensors"
 
     class Frame(TrainerCallback):
@@ -198,7 +200,12 @@ def frame_callback(trainer: Any, run: RunFolder) -> TrainerCallback:
                     buffered.setdefault(int(i), {})[column] = kept.get_tensor(key)
             trainer._buffered_inputs = [buffered[i] for i in range(len(buffered))]
 
-        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        flat = False
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not self.flat and (logs or {}).get("frac_reward_zero_std") == 1:
+                self.flat = True
+                run.say(FLAT_REWARDS.format(step=state.global_step))
             latest = getattr(trainer.reward_funcs[0], "latest", None)
             if latest and state.global_step % max(1, state.max_steps // 8) < args.logging_steps:
                 lines = [

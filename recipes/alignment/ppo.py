@@ -518,6 +518,7 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         rlhf.check_fresh_adapter(before["kl"], policy.dtype)
 
     loop = Loop(run, args, accelerator, total_steps=steps, time_limit_minutes=config.run.time_limit_minutes)
+    flat = False
     for step in loop:
         chosen = ppo_rollout.rows_of_step(step, asked_a_step, len(prompts), args.seed)[rank::processes]
         chosen = [i for i in chosen for _ in range(ppo.answers)]
@@ -555,6 +556,9 @@ def main(config: Config, run: RunFolder) -> dict[str, float]:
         means = accelerator.reduce(torch.stack(list(seen.values())), "mean").tolist()
         figures |= dict(zip(seen, means, strict=True))
         figures |= {"kl_coefficient": beta.value, "learning_rate": scheduler.get_last_lr()[0]}
+        if not flat and figures.get("informative") == 0:
+            flat = True
+            run.say(rlhf.FLAT_REWARDS.format(step=step + 1))
         if not warming_up:
             beta.update(figures["kl"])
         scheduler.step()

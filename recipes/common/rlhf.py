@@ -435,6 +435,12 @@ def check_fresh_adapter(kl: float, dtype: torch.dtype) -> None:
         )
 
 
+FLAT_REWARDS = (
+    "  step {step}: all answers to each prompt got the same reward, so nothing is learned of them: the policy gets none right, or "
+    "all; or answers are drawn too much alike"
+)
+
+
 class Told(NamedTuple):
     """What policy and critic say of N answers."""
 

@@ -358,6 +358,12 @@ def test_an_adapter_learns_too(tiny, questions, tmp_path):
     assert (folder / "adapter" / "adapter_model.safetensors").exists() and (folder / "model" / "config.json").exists()
 
 
+def test_rewards_that_tell_nothing_apart_are_said_once(tiny, questions, tmp_path, capsys):
+    reward = "[tests.alignment.reward_functions:alike]"
+    assert run(tiny, questions, tmp_path, grpo__rewards=reward, training__max_steps=8) == 0
+    assert capsys.readouterr().out.count("  step 4: all answers to each prompt got the same reward") == 1
+
+
 def test_columns_with_the_names_of_a_rewards_arguments_are_left_out(tiny, tmp_path):
     """trl hands a reward its own arguments by these names, and every column of the rows too."""
     data = tmp_path / "questions.jsonl"

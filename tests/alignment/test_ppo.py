@@ -172,6 +172,14 @@ def test_what_answered_is_what_learns_though_the_model_has_dropout(tiny, judge, 
     assert [row["ratio_error"] for row in map(json.loads, metrics) if "ratio_error" in row] == [0.0]
 
 
+def test_rewards_that_tell_nothing_apart_are_said_once(tiny, judge, preferences, tmp_path, capsys):
+    alike = {"ppo__reward_model": "null", "ppo__reward_function": "tests.alignment.reward_functions:alike"}
+    sizes = {"ppo__rollouts": 32, "ppo__epochs": 1, "training__max_steps": 2, "evaluation__max_samples": 4}
+    sizes |= {"ppo__missing_stop_penalty": 0, "ppo__critic": "others", "ppo__answers": 2}
+    assert run(tiny, judge, preferences, tmp_path, **alike, **sizes) == 0
+    assert capsys.readouterr().out.count("  step 1: all answers to each prompt got the same reward") == 1
+
+
 def test_policy_loads_as_a_plain_causal_model_without_value_head(trained, tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
