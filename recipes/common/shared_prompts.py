@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 def share(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], fill: int, longest: int | None = None
 ) -> Rows:
-    """Token ids of B prompts, and of the answers to each, as rows of the length of the longest of them.
+    """Token ids of B prompts, and of the answers to each, as rows of one length, in which the least is padding.
 
     `longest`: R, by default the longest answer's. Raises ValueError for an empty prompt or answer.
     """
@@ -47,7 +47,8 @@ def share(
     if not all(prompts) or not all(answer for some in answers for answer in some):
         raise ValueError("a prompt or an answer has no token")
     lengths = [len(prompt) + sum(map(len, some)) for prompt, some in zip(prompts, answers, strict=True)]
-    places, length = first_fit(lengths), max(lengths)
+    length = row_length(lengths)
+    places = first_fit(lengths, length)
     most = max(map(len, answers))
     longest = longest or max(len(answer) for some in answers for answer in some)
     input_ids = torch.full((1 + max(row for row, _ in places), length), fill)
@@ -74,16 +75,31 @@ def share(
     return Rows(input_ids, position_ids, of, branch, before, at, mask)
 
 
-def first_fit(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Where each goes, its row and first column, if rows are as long as the longest: longest first, each into the first row
-    that still has the room."""
+FREE = (
+    512  # tokens up to which a row may be longer than its longest prompt with answers: attention costs a row's square
+)
+
+
+def row_length(lengths: Sequence[int]) -> int:
+    """How long rows are to be, from the longest of what goes into them to twice that, for the fewest columns in all."""
+    longest = max(lengths)
+    tried = [longest + longest * part // 8 for part in range(9)]
+    return min(
+        (length for length in tried if length == longest or length <= FREE),
+        key=lambda length: length * (1 + max(row for row, _ in first_fit(lengths, length))),
+    )
+
+
+def first_fit(lengths: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Where each goes, its row and first column, in rows of `length`: longest first, each into the first row that still has
+    the room."""
     room: list[int] = []
     places = [(0, 0)] * len(lengths)
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         row = next((row for row, left in enumerate(room) if left >= lengths[n]), len(room))
         if row == len(room):
-            room.append(max(lengths))
-        places[n] = row, max(lengths) - room[row]
+            room.append(length)
+        places[n] = row, length - room[row]
         room[row] -= lengths[n]
     return places
 
