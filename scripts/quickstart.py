@@ -45,13 +45,13 @@ STAGES = [
     Stage(
         "llama", "pretraining", "pretraining a small LLaMA from scratch", 4.9, takes={"model.tokenizer": "tokenizer"}
     ),
-    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.2, takes={"model.name": "llama"}),
-    Stage("reward_model", "alignment", "a reward model from ranked answers", 1.9, takes={"model.name": "full"}),
+    Stage("full", "finetuning", "supervised fine-tuning on instructions", 2.3, takes={"model.name": "llama"}),
+    Stage("reward_model", "alignment", "a reward model from ranked answers", 2.2, takes={"model.name": "full"}),
     Stage(
         "ppo",
         "alignment",
         "PPO against the reward model",
-        2.6,
+        3.4,
         takes={"model.name": "full", "ppo.reward_model": "reward_model"},
     ),
 ]

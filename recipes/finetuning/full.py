@@ -7,7 +7,7 @@ length, and none of them sees another (recipes/common/sft_packing.py).
 
 Wei et al. 2021, https://arxiv.org/abs/2109.01652; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 
-    make full                                       # laptop, offline, 2 minutes, from what `make llama` made
+    make full                                       # laptop, offline, 2 to 4 minutes, from what `make llama` made
     make full CONFIG=gpu                            # one GPU, a public model and instruction set
     make full CONFIG=cluster LAUNCH=zero3 NPROC=8   # a node; scripts/ has SLURM
 
