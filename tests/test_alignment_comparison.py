@@ -122,7 +122,7 @@ def test_the_answers_that_each_method_samples_are_counted(tmp_path: Path) -> Non
         step.folder(tmp_path).mkdir(parents=True)
         (step.folder(tmp_path) / "config.yaml").write_text((laptop / recipe / "cpu.yaml").read_text())
         counts[recipe] = comparison.answers_learned_from(step, tmp_path)
-    assert counts == {"dpo": 4000 * 8, "ppo": 100 * 512, "grpo": 50 * 256}
+    assert counts == {"dpo": 4000 * 8, "ppo": 140 * 512, "grpo": 50 * 256}
 
 
 SCORES: dict[str, list[dict[str, Any]]] = {

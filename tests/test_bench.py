@@ -261,5 +261,5 @@ def test_the_lora_recipe_against_a_loop_by_hand(tmp_path: Path, monkeypatch: pyt
     found = finetuning.adapter("lora", 1, 1)
     precision = "bf16" if machine.choose_bf16().value else "fp32"
     assert set(found["figures"]) == {f"PEFT loop by hand, {precision}", "ours"} and min(found["figures"].values()) > 0
-    assert found["batch"] == [12, 64] and found["adapter"] == "LORA"
+    assert found["batch"] == [24, 64] and found["adapter"] == "LORA"
     assert len(learned) == 3 and len(set(learned)) == 1  # the recipe looked at, the loop, the recipe timed
