@@ -179,6 +179,8 @@ def frame_callback(trainer: Any, run: RunFolder) -> TrainerCallback:
     name = f"answers-{trainer.accelerator.process_index}.safetensors"
 
     class Frame(TrainerCallback):
+        flat = False  # whether rewards that are all alike were said
+
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             parts = {
@@ -199,8 +201,6 @@ def frame_callback(trainer: Any, run: RunFolder) -> TrainerCallback:
                     i, _, column = key.partition(".")
                     buffered.setdefault(int(i), {})[column] = kept.get_tensor(key)
             trainer._buffered_inputs = [buffered[i] for i in range(len(buffered))]
-
-        flat = False
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not self.flat and (logs or {}).get("frac_reward_zero_std") == 1:
