@@ -31,9 +31,8 @@ from recipes.common.run_folder import RunFolder, digest, write_atomically
 from recipes.common.sections import Evaluation, Model
 
 SFT_STEPS = 400  # of `make full`'s 1100: a model with something left to learn
-FREE_STEPS = (
-    400  # of PPO with nothing that holds its KL: nearly three times its laptop config's, at a rate that does not fall
-)
+# of PPO with nothing that holds its KL: nearly three times its laptop config's, at a rate that does not fall
+FREE_STEPS = 400
 QUESTIONS = 1000  # test questions that every model answers
 DRAWS = 16  # best-of-n draws that many answers to each
 EVALUATION = Evaluation(max_samples=QUESTIONS, batch_size=200, max_new_tokens=24)
